@@ -1,0 +1,17 @@
+"""Named places where tests make the process die, fail, or wait.
+
+The implementation is a test-only package, `bop_failpoints`; where that is not installed every
+call is a no-op and no environment variable has any effect. Names are
+`<component>.<before|mid|after>_<step>`, and `tests/fault` fails on one that no scenario reaches.
+"""
+
+from collections.abc import Callable
+
+fp: Callable[[str], None]
+
+try:
+    from bop_failpoints import hit as fp  # type: ignore[import-not-found, unused-ignore]
+except ImportError:
+
+    def fp(name: str) -> None:
+        """Nothing happens here outside fault tests."""

@@ -1,0 +1,88 @@
+"""Tasks with an owner, and a bounded pool for calls that block.
+
+Nothing else creates tasks: a task without an owner outlives its purpose and hides its error.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self, TypeVar, TypeVarTuple
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+class TaskScope:
+    """Owns tasks started in it: leaving the scope cancels and joins them all.
+
+    `on_error` is told of a task that failed while the scope was open; failures never vanish.
+    """
+
+    def __init__(self, name: str, *, on_error: Callable[[BaseException], None]) -> None:
+        self._name = name
+        self._on_error = on_error
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def start(self, coroutine: Coroutine[Any, Any, T], *, name: str) -> asyncio.Task[T]:
+        if self._closed:
+            coroutine.close()
+            raise RuntimeError(f"{self._name} is closed")
+        task = asyncio.get_running_loop().create_task(coroutine, name=f"{self._name}.{name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    async def join(self) -> None:
+        """Waits for every task now running, without cancelling any."""
+        if self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    async def aclose(self) -> None:
+        self._closed = True
+        while self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(set(self._tasks))
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._on_error(error)
+
+
+class BlockingPool:
+    """A bounded thread pool for functions whose names end in `_blocking`."""
+
+    def __init__(self, name: str, *, threads: int) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix=name)
+
+    async def run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Runs `function` in the pool. A caller that is cancelled leaves at once; the call itself
+        cannot be interrupted and ends on its own.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, function, *args)
+
+    def submit(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
+        """Starts `function`, which reports its own outcome."""
+        self._executor.submit(function, *args)
+
+    def close_blocking(self) -> None:
+        """Waits for what runs; nothing queued is dropped."""
+        self._executor.shutdown(wait=True)

@@ -1,0 +1,324 @@
+"""What a manifest batch may do, and on what conditions.
+
+A batch is applied whole or not at all, in one LMDB transaction that it may share with others.
+Catalogue ops are also written to the change log, in order, in that same transaction.
+"""
+
+from typing import Any
+
+import msgspec
+
+from app.core.stores.manifest.records import (
+    BlobRef,
+    ChunkDeltaRecord,
+    ChunkRecord,
+    Codec,
+    DatabaseRecord,
+    Engine,
+    ForkParent,
+    GenerationRecord,
+    HealthState,
+    IdempotencyRecord,
+    JobRecord,
+    RememberedAppend,
+    WalSegmentRecord,
+)
+
+
+class Op(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One change. Tagged with its class name, so that the change log can be read back."""
+
+
+# --- catalogue ops: they go into the change log -----------------------------------------------
+
+
+class CreateDatabase(Op, frozen=True, kw_only=True, tag=True):
+    """Result: the new db_id. Refused (`NameTaken`) where the name is in use."""
+
+    tenant: str
+    name: str
+    engine: Engine
+    page_size: int
+    chunk_bytes: int
+    compression: Codec
+    created_at_us: int
+    forked_from: ForkParent | None = None
+
+
+class RestoreDatabase(Op, frozen=True, kw_only=True, tag=True):
+    """Writes a descriptor as it is, db_id included; `recover` only. The name must be free."""
+
+    record: DatabaseRecord
+
+
+class UpsertChunk(Op, frozen=True, kw_only=True, tag=True):
+    row: ChunkRecord
+
+
+class DeleteChunk(Op, frozen=True, kw_only=True, tag=True):
+    db_id: int
+    chunk_id: int
+    generation: int
+
+
+class SupersedeChunk(Op, frozen=True, kw_only=True, tag=True):
+    """Ends a row's validity at `superseded_at` (a generation); the row stays."""
+
+    db_id: int
+    chunk_id: int
+    generation: int
+    superseded_at: int
+
+
+class UpsertChunkDelta(Op, frozen=True, kw_only=True, tag=True):
+    row: ChunkDeltaRecord
+
+
+class DeleteChunkDelta(Op, frozen=True, kw_only=True, tag=True):
+    db_id: int
+    chunk_id: int
+    generation: int
+
+
+class SupersedeChunkDelta(Op, frozen=True, kw_only=True, tag=True):
+    db_id: int
+    chunk_id: int
+    generation: int
+    superseded_at: int
+
+
+class PublishGeneration(Op, frozen=True, kw_only=True, tag=True):
+    """Adds the generation, ends its predecessor's time, and moves the database's generation,
+    floor_lsn, first_lsn (append_only, first generation), next_chunk_id and page_count on.
+    Refused unless `row.generation` is the database's generation + 1.
+    """
+
+    row: GenerationRecord
+    next_chunk_id: int
+
+
+class CoverSegment(Op, frozen=True, kw_only=True, tag=True):
+    """The segment's LSNs are in `generation`: state `checkpointed`."""
+
+    db_id: int
+    segment_id: int
+    generation: int
+
+
+class RegisterSegment(Op, frozen=True, kw_only=True, tag=True):
+    row: WalSegmentRecord
+
+
+class SealSegment(Op, frozen=True, kw_only=True, tag=True):
+    db_id: int
+    segment_id: int
+    last_lsn: int
+    bytes: int
+
+
+class RemoveSegment(Op, frozen=True, kw_only=True, tag=True):
+    """The file goes after this commit (or is already gone)."""
+
+    db_id: int
+    segment_id: int
+
+
+class AdvanceCheckpointed(Op, frozen=True, kw_only=True, tag=True):
+    """The generation document is on the store: `checkpointed_lsn` may say so (I3)."""
+
+    db_id: int
+    generation: int
+    lsn: int
+
+
+class SetHealth(Op, frozen=True, kw_only=True, tag=True):
+    db_id: int
+    health: HealthState
+    lost_from_lsn: int | None = None
+
+
+class RaiseFloor(Op, frozen=True, kw_only=True, tag=True):
+    """LSNs below `floor_lsn` are never given out again (I14). Never lowers it."""
+
+    db_id: int
+    floor_lsn: int
+
+
+CATALOGUE_OPS: tuple[type[Op], ...] = (
+    CreateDatabase,
+    RestoreDatabase,
+    UpsertChunk,
+    DeleteChunk,
+    SupersedeChunk,
+    UpsertChunkDelta,
+    DeleteChunkDelta,
+    SupersedeChunkDelta,
+    PublishGeneration,
+    CoverSegment,
+    RegisterSegment,
+    SealSegment,
+    RemoveSegment,
+    AdvanceCheckpointed,
+    SetHealth,
+    RaiseFloor,
+)
+
+
+# --- bookkeeping: not in the change log -------------------------------------------------------
+
+
+class RememberAppends(Op, frozen=True, kw_only=True, tag=True):
+    """Keeps a segment's idempotent appends beyond the life of its WAL."""
+
+    db_id: int
+    segment_id: int
+    appends: tuple[RememberedAppend, ...]
+
+
+class ForgetAppends(Op, frozen=True, kw_only=True, tag=True):
+    db_id: int
+    segment_id: int
+
+
+class AcquireLease(Op, frozen=True, kw_only=True, tag=True):
+    """Result: the fencing token. Refused (`LeaseConflict`) while another job holds the chunk."""
+
+    db_id: int
+    chunk_id: int
+    generation: int
+    job_id: str
+    ttl_seconds: float
+
+
+class RenewLeases(Op, frozen=True, kw_only=True, tag=True):
+    """Extends every lease of the job. Refused (`LeaseLost`) if one of them has expired."""
+
+    job_id: str
+    ttl_seconds: float
+
+
+class ReleaseLeases(Op, frozen=True, kw_only=True, tag=True):
+    """Releases every lease of the job; none is fine."""
+
+    job_id: str
+
+
+class DropForeignLeases(Op, frozen=True, kw_only=True, tag=True):
+    """At start: removes the leases of earlier processes. Result: how many."""
+
+
+class EnqueueJob(Op, frozen=True, kw_only=True, tag=True):
+    """Adds a pending job and indexes it by (db_id, kind)."""
+
+    job: JobRecord
+
+
+class UpdateJob(Op, frozen=True, kw_only=True, tag=True):
+    """Replaces single fields of a job; keeps the pending index right. `changes` are field names
+    of JobRecord to values.
+    """
+
+    job_id: str
+    changes: dict[str, Any]
+
+
+class DeleteJob(Op, frozen=True, kw_only=True, tag=True):
+    job_id: str
+
+
+class PutIdempotency(Op, frozen=True, kw_only=True, tag=True):
+    record: IdempotencyRecord
+
+
+class DeleteIdempotency(Op, frozen=True, kw_only=True, tag=True):
+    scope_hash: bytes
+
+
+class RetireBlob(Op, frozen=True, kw_only=True, tag=True):
+    """Queues a blob for collection; retiring the same key again changes nothing."""
+
+    blob: BlobRef
+    db_id: int
+    eligible_at_us: int
+    reason: str
+
+
+class UnretireBlob(Op, frozen=True, kw_only=True, tag=True):
+    """A publication names the key after all: takes it from the queue. Refused if doomed."""
+
+    key: str
+
+
+class PutMeta(Op, frozen=True, kw_only=True, tag=True):
+    name: str
+    value: bytes
+
+
+# --- preconditions: checked inside the transaction, before the batch writes anything -----------
+
+
+class Precondition(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    pass
+
+
+class ExpectGeneration(Precondition, frozen=True, kw_only=True, tag=True):
+    db_id: int
+    generation: int
+
+
+class ExpectLeases(Precondition, frozen=True, kw_only=True, tag=True):
+    """The job holds exactly these, alive by this process's monotonic clock: (chunk_id, token)."""
+
+    db_id: int
+    job_id: str
+    tokens: tuple[tuple[int, int], ...]
+
+
+class ExpectRun(Precondition, frozen=True, kw_only=True, tag=True):
+    """The job is in flight, in this run, and (unless allowed) nobody asked to cancel it."""
+
+    job_id: str
+    run: int
+    allow_cancelled: bool = False
+
+
+class ExpectJobState(Precondition, frozen=True, kw_only=True, tag=True):
+    job_id: str
+    states: tuple[str, ...]
+
+
+class ExpectNotDoomed(Precondition, frozen=True, kw_only=True, tag=True):
+    keys: tuple[str, ...]
+
+
+class ExpectEpoch(Precondition, frozen=True, kw_only=True, tag=True):
+    """The process's claim of the remote prefix is still the one the plan was made under."""
+
+    epoch: int
+
+
+class ExpectSegmentState(Precondition, frozen=True, kw_only=True, tag=True):
+    db_id: int
+    segment_id: int
+    state: str
+
+
+class ExpectNoIdempotency(Precondition, frozen=True, kw_only=True, tag=True):
+    scope_hash: bytes
+
+
+class ManifestBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """Ops that commit together. `db_id` and `reason` head the change record, if there is one."""
+
+    ops: tuple[Op, ...]
+    preconditions: tuple[Precondition, ...] = ()
+    reason: str
+    db_id: int = 0
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """The batch is durable. `results` has one value per op (None where an op has none)."""
+
+    sequence: int | None
+    """Of the change record; None if the batch held no catalogue op."""
+    results: tuple[Any, ...]

@@ -1,0 +1,145 @@
+"""Every knob, read once: environment `BOP_…` over the TOML file `BOP_CONFIG_FILE` over defaults.
+
+Nothing else reads the environment. Names end in their unit. `redacted()` is what
+`serve --print-config` shows.
+"""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+
+class TomlFile(PydanticBaseSettingsSource):
+    """Values from the file that `BOP_CONFIG_FILE` names, keys as the settings without `BOP_`."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        del field
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        path = os.environ.get("BOP_CONFIG_FILE")  # noqa: TID251 - the one reader of the environment
+        if not path:
+            return {}
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return {name.lower().removeprefix("bop_"): value for name, value in values.items()}
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="BOP_", extra="forbid", frozen=True)
+
+    # --- the process
+    data_dir: Path = Path("./data")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8600, ge=0, le=65535)
+    log_format: Literal["json", "console"] = "json"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    shutdown_seconds: float = Field(default=25.0, gt=0)
+    """How long requests and jobs in flight may take to end after SIGTERM."""
+    take_over: bool = False
+    """Claim a remote prefix that another node identity owns."""
+
+    # --- access
+    auth_tokens_file: Path | None = None
+    admin_approvals: bool = True
+
+    # --- remote store
+    remote_url: str = ""
+    """`s3://bucket/prefix` or `file:///path`; empty: `remote/` under the data directory."""
+    s3_endpoint_url: str | None = None
+    s3_region: str | None = None
+    s3_addressing: Literal["auto", "path", "virtual"] = "auto"
+    s3_ca_file: Path | None = None
+    s3_storage_class: str | None = None
+    s3_sse: Literal["AES256", "aws:kms"] | None = None
+    s3_sse_kms_key_id: str | None = None
+    remote_concurrency: int = Field(default=16, ge=1)
+    """Ceiling of requests in flight; throttling lowers it (AIMD)."""
+    remote_attempts: int = Field(default=6, ge=1)
+    remote_connect_timeout_seconds: float = Field(default=5.0, gt=0)
+    remote_idle_timeout_seconds: float = Field(default=30.0, gt=0)
+    """A request that moves no byte for this long is given up."""
+    remote_request_timeout_seconds: float = Field(default=300.0, gt=0)
+    remote_retry_base_seconds: float = Field(default=0.1, gt=0)
+    remote_retry_cap_seconds: float = Field(default=10.0, gt=0)
+
+    # --- manifest
+    manifest_map_bytes: int = Field(default=64 * GIB, ge=1 * MIB)
+    manifest_max_readers: int = Field(default=126, ge=2)
+
+    # --- room
+    quota_global_bytes: int = Field(default=64 * GIB, ge=1)
+    wal_budget_bytes: int = Field(default=8 * GIB, ge=1)
+    page_cache_bytes: int = Field(default=64 * MIB, ge=0)
+    hot_cache_bytes: int = Field(default=4 * GIB, ge=0)
+    body_memory_bytes: int = Field(default=64 * MIB, ge=1 * MIB)
+    """All request bodies held in memory at once; what does not fit is spooled to a file."""
+
+    # --- limits of requests
+    max_append_bytes: int = Field(default=64 * MIB, ge=1)
+    max_wal_bytes: int = Field(default=1 * GIB, ge=1)
+    max_image_bytes: int = Field(default=1024 * GIB, ge=1)
+    max_record_bytes: int = Field(default=16 * MIB, ge=1)
+    max_json_bytes: int = Field(default=1 * MIB, ge=1)
+    body_idle_timeout_seconds: float = Field(default=30.0, gt=0)
+    """A body of which nothing arrives for this long is refused."""
+    body_bytes_per_second_min: int = Field(default=1024, ge=0)
+    """After a minute, a body slower than this on average is refused (slowloris)."""
+
+    # --- jobs and checkpoints
+    job_concurrency: int = Field(default=4, ge=1)
+    job_attempts: int = Field(default=8, ge=1)
+    job_backoff_base_seconds: float = Field(default=0.5, gt=0)
+    job_backoff_cap_seconds: float = Field(default=60.0, gt=0)
+    job_deadline_seconds: float = Field(default=3600.0, gt=0)
+    job_stall_seconds: float = Field(default=600.0, gt=0)
+    job_queue_depth_max: int = Field(default=10_000, ge=1)
+    job_history_count: int = Field(default=10_000, ge=1)
+    """Ended jobs that are kept to be looked at."""
+    lease_ttl_seconds: float = Field(default=120.0, gt=0)
+    staging_concurrency: int = Field(default=2, ge=1)
+    upload_concurrency: int = Field(default=4, ge=1)
+    checkpoint_interval_seconds: int = Field(default=60, ge=0)
+    """0: only on demand and by WAL pressure."""
+    gc_grace_seconds: int = Field(default=3600, ge=0)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        del dotenv_settings, file_secret_settings
+        return init_settings, env_settings, TomlFile(settings_cls)
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.auth_tokens_file is None and self.host not in {"127.0.0.1", "::1", "localhost"}:
+            raise ValueError(
+                f"BOP_HOST={self.host} needs BOP_AUTH_TOKENS_FILE: "
+                "without tokens the service answers on loopback only"
+            )
+        return self
+
+    @property
+    def effective_remote_url(self) -> str:
+        return self.remote_url or f"file://{(self.data_dir / 'remote').resolve()}"
+
+    def redacted(self) -> dict[str, Any]:
+        """Every setting as `BOP_…`; no setting holds a secret, and credentials in a URL are cut."""
+        shown = self.model_dump(mode="json")
+        for name, value in shown.items():
+            if isinstance(value, str) and "://" in value and "@" in value:
+                scheme, rest = value.split("://", 1)
+                shown[name] = f"{scheme}://***@{rest.rsplit('@', 1)[1]}"
+        return {f"BOP_{name.upper()}": value for name, value in shown.items()}
