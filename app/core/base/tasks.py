@@ -4,11 +4,13 @@ Nothing else creates tasks: a task without an owner outlives its purpose and hid
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import contextlib
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar, TypeVarTuple
 
+S = TypeVar("S")
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
@@ -64,6 +66,61 @@ class TaskScope:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._on_error(error)
+
+
+async def run_beside(main: Coroutine[Any, Any, T], companion: Coroutine[Any, Any, None]) -> T:
+    """The result of `main`. If `companion` ends or fails first, `main` is cancelled and
+    the companion's error raised; when `main` ends, the companion is cancelled. Both are joined."""
+    loop = asyncio.get_running_loop()
+    main_task, side_task = loop.create_task(main), loop.create_task(companion)
+    both: set[asyncio.Task[Any]] = {main_task, side_task}
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not main_task.done():
+            main_task.cancel()
+            await asyncio.wait({main_task})
+            side_task.result()
+        return main_task.result()
+    finally:
+        for task in both:
+            task.cancel()
+        await asyncio.wait(both)
+
+
+async def for_each(
+    items: Iterable[S], function: Callable[[S], Coroutine[Any, Any, T]], *, limit: int
+) -> list[T]:
+    """Results in the order of `items`, at most `limit` at a time. The first error cancels the
+    others, waits for them, and is raised itself (not as a group)."""
+    gate = asyncio.Semaphore(limit)
+
+    async def one(item: S) -> T:
+        async with gate:
+            return await function(item)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(item)) for item in items]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from errors.exceptions[0].__cause__
+    return [task.result() for task in tasks]
+
+
+async def uninterrupted(step: Coroutine[Any, Any, T]) -> T:
+    """Runs `step` to its end even when the caller is cancelled; the cancellation is raised then.
+
+    For short steps that record what they did on disk: half of one would leave the record wrong.
+    """
+    task = asyncio.get_running_loop().create_task(step)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # seen here: the cancellation is what the caller is told
+        raise
 
 
 class BlockingPool:

@@ -1,0 +1,69 @@
+# Everything a developer, CI and a first-time user run. `make help` lists it.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(shell cat requirements/dev.txt pyproject.toml 2>/dev/null | sha256sum | cut -c1-16)
+PYTEST := $(BIN)/python -m pytest
+WORKERS ?= 2
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
+
+.PHONY: setup
+setup: $(STAMP) ## make .venv with all that running and testing need
+
+$(STAMP): requirements/dev.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@rm -f $(VENV)/.installed-* && touch $@
+
+.PHONY: demo
+demo: setup ## start the service, checkpoint real data, lose the disk, restore, verify
+	$(BIN)/bop-checkpoint demo
+
+.PHONY: run
+run: setup ## serve on 127.0.0.1:8600 with ./data
+	BOP_LOG_FORMAT=console $(BIN)/bop-checkpoint serve
+
+.PHONY: format
+format: setup ## format the code
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+.PHONY: check
+check: setup ## format, lint, types, import contracts, unit tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(PYTEST) tests/unit -n $(WORKERS) -q
+
+.PHONY: test
+test: check ## all of it: checks, unit, integration and fault tests, with coverage
+	rm -f .coverage .coverage.*
+	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml $(PYTEST) tests -n $(WORKERS) --dist loadgroup -q --cov=app --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
+
+.PHONY: fault
+fault: setup ## kills, power cuts, disk and network faults
+	$(PYTEST) tests/fault -n $(WORKERS) --dist loadgroup -q
+
+.PHONY: bench
+bench: setup ## ratios against raw ceilings measured in the same run
+	$(BIN)/python -m benchmarks
+
+.PHONY: load
+load: setup ## many clients and databases against one service, bounded in time
+	$(BIN)/python -m benchmarks.load
+
+.PHONY: pins
+pins: setup ## compile requirements/*.txt anew: versions and hashes, no addresses
+	$(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 requirements/run.in -o requirements/run.txt
+	$(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 --constraint requirements/run.txt requirements/dev.in -o requirements/dev.txt
+
+.PHONY: clean
+clean: ## remove what the targets made, the virtual environment included
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*

@@ -1,0 +1,117 @@
+"""Turns one planned action into the exact file that will be uploaded.
+
+Invariants: the file's SHA-256 and CRC-64 are computed over the bytes that are uploaded (I2); the
+same action gives the same bytes (I7). A sealed segment is linked, not copied, when nothing is
+compressed; its inode is never written again.
+Concurrency: blocking functions, one file each. Crash: a half-written file is written over.
+"""
+
+import errno
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.core.base.errors import DiskFull, StalePlan
+from app.core.engines.base import CheckpointPlan, SealAsBase
+from app.core.formats.chunk import LogIdentity, hash_file_blocking, write_log_blocking
+from app.core.formats.segment import SegmentSummary
+from app.core.stores.manifest.records import BlobRef, ChunkRecord
+from app.core.stores.remote.keys import chunk_key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentSource:
+    """A sealed segment's file and what its trailer says."""
+
+    path: Path
+    summary: SegmentSummary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyScope:
+    """The part of a blob key that all blobs of a job share."""
+
+    tenant: str
+    database: str
+
+
+def staged_name(action: SealAsBase) -> str:
+    return f"chunk-{action.chunk_id}.blob"
+
+
+def stage_segment_blocking(
+    plan: CheckpointPlan,
+    action: SealAsBase,
+    source: SegmentSource,
+    target: Path,
+    *,
+    scope: KeyScope,
+) -> ChunkRecord:
+    """Writes `target` and returns the row to publish. Raises DiskFull, or StalePlan where the
+    segment is not what was planned."""
+    summary = source.summary
+    if (summary.first_lsn, summary.last_lsn) != (action.first_lsn, action.last_lsn):
+        raise StalePlan(
+            "A WAL segment is not what was planned.", segment_id=action.segment_id
+        )
+    try:
+        if plan.codec == "none":
+            _link_or_copy(source.path, target)
+            hashed = hash_file_blocking(target)
+            sha256, crc64, blob_bytes = hashed.sha256, hashed.crc64, hashed.bytes
+            directory_offset, directory_bytes = summary.entries_end, summary.directory_bytes
+        else:
+            written = write_log_blocking(
+                source.path,
+                target,
+                codec=plan.codec,
+                identity=LogIdentity(
+                    db_id=plan.db_id, chunk_id=action.chunk_id, generation=plan.target_generation
+                ),
+            )
+            sha256, crc64, blob_bytes = written.sha256, written.crc64, written.bytes
+            directory_offset, directory_bytes = written.directory_offset, written.directory_bytes
+    except OSError as error:
+        target.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull("The disk filled up while staging.", chunk_id=action.chunk_id) from error
+        raise
+    return ChunkRecord(
+        db_id=plan.db_id,
+        chunk_id=action.chunk_id,
+        generation=plan.target_generation,
+        blob=BlobRef(
+            key=chunk_key(
+                tenant=scope.tenant,
+                database=scope.database,
+                checkpoint_id=plan.checkpoint_id,
+                chunk_id=action.chunk_id,
+                generation=plan.target_generation,
+                sha256_hex=sha256.hex(),
+            ),
+            sha256=sha256,
+            crc64=crc64,
+            bytes=blob_bytes,
+        ),
+        first=action.first_lsn,
+        last=action.last_lsn,
+        visible_last=action.last_lsn,
+        codec=plan.codec,
+        directory_offset=directory_offset,
+        directory_bytes=directory_bytes,
+        logical_bytes=summary.segment_bytes,
+        count=action.last_lsn - action.first_lsn + 1,
+        line_safe=action.line_safe,
+        origin_db_id=plan.db_id,
+    )
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
+            raise
+        shutil.copyfile(source, target)

@@ -1,0 +1,48 @@
+"""Frees WAL that a durable generation covers (I4).
+
+Order: the file, then its row. A crash between leaves a `checkpointed` row without a file, which
+recovery allows and the next release removes. Segments that a reader pins stay for a later call.
+"""
+
+from app.core.base.events import Events
+from app.core.stores.manifest.ops import ManifestBatch, Op, RemoveSegment
+from app.core.stores.manifest.store import ManifestStore
+from app.core.stores.wal.store import WalStore
+
+
+class WalRelease:
+    def __init__(self, manifest: ManifestStore, wal: WalStore, *, events: Events) -> None:
+        self._manifest = manifest
+        self._wal = wal
+        self._events = events
+
+    async def release(self, db_id: int) -> int:
+        """Removes what may go of one database; returns the number of segments."""
+        with self._manifest.read() as view:
+            covered = [
+                row.segment_id
+                for row in view.segments(db_id)
+                if row.state == "checkpointed"
+                and row.covering_generation is not None
+                and (generation := view.generation(db_id, row.covering_generation)) is not None
+                and generation.document_stored
+            ]
+        if not covered:
+            return 0
+        removed = await self._wal.log(db_id).remove(covered)
+        if removed:
+            ops: tuple[Op, ...] = tuple(
+                RemoveSegment(db_id=db_id, segment_id=segment_id) for segment_id in removed
+            )
+            await self._manifest.commit(
+                ManifestBatch(ops=ops, reason="wal.released", db_id=db_id)
+            )
+            self._events.info("wal.released", db_id=db_id, segments=len(removed))
+        return len(removed)
+
+    async def release_all(self) -> None:
+        """For start and for the sweep of what readers had pinned."""
+        with self._manifest.read() as view:
+            waiting = {row.db_id for row in view.all_segments() if row.state == "checkpointed"}
+        for db_id in sorted(waiting):
+            await self.release(db_id)

@@ -1,0 +1,286 @@
+"""The durable job queue: enqueue, claim, update, end.
+
+Invariants: at most one mutating job per database is claimed at a time; the rows decide, memory
+only schedules. I6: every update of a claimed job carries its `run`, so that a stale actor's commit
+is refused. I7: a claim after a restart uses up no attempt.
+Concurrency: loop-confined; commits are awaited, and what a commit decided is looked at again after.
+Cancellation: a caller that leaves an `await` here leaves a committed row or none.
+Crash: rows survive; `load` makes in-flight jobs pending again at once.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Collection
+from typing import Any
+
+import msgspec
+
+from app.core.base import failpoints
+from app.core.base.clock import Clock, wall_us
+from app.core.base.errors import Backpressure, JobAlreadyEnded, JobNotFound
+from app.core.base.events import Events
+from app.core.jobs.feed import JobFeed
+from app.core.stores.manifest.ops import (
+    EnqueueJob,
+    ExpectJobState,
+    ExpectRun,
+    ManifestBatch,
+    Op,
+    Precondition,
+    Receipt,
+    UpdateJob,
+)
+from app.core.stores.manifest.records import ENDED_STATES, MUTATING_KINDS, JobRecord
+from app.core.stores.manifest.store import ManifestStore
+
+
+class JobQueue:
+    def __init__(
+        self,
+        manifest: ManifestStore,
+        *,
+        clock: Clock,
+        events: Events,
+        feed: JobFeed,
+        depth_max: int,
+    ) -> None:
+        self._manifest = manifest
+        self._clock = clock
+        self._events = events
+        self._feed = feed
+        self._depth_max = depth_max
+        self._pending: OrderedDict[str, dict[str, JobRecord]] = OrderedDict()  # tenant → jobs
+        self._claimed: dict[str, JobRecord] = {}
+        self._busy_databases: set[int] = set()
+        self._enqueueing: dict[int, asyncio.Lock] = {}
+        self._wake = asyncio.Event()
+
+    @property
+    def feed(self) -> JobFeed:
+        return self._feed
+
+    @property
+    def depth(self) -> int:
+        """Jobs that wait to be claimed."""
+        return sum(len(jobs) for jobs in self._pending.values())
+
+    @property
+    def claimed_ids(self) -> Collection[str]:
+        return self._claimed.keys()
+
+    def unfinished_ids(self) -> set[str]:
+        waiting = {job_id for jobs in self._pending.values() for job_id in jobs}
+        return waiting | set(self._claimed)
+
+    async def load(self) -> None:
+        """At start: what an earlier process had in flight is pending again, at once."""
+        with self._manifest.read() as view:
+            unfinished = view.unfinished_jobs()
+        for job in unfinished:
+            if job.state == "in_flight":
+                changes: dict[str, Any] = {
+                    "state": "pending",
+                    "attempts": max(job.attempts - 1, 0),
+                    "not_before_us": 0,
+                }
+                await self._manifest.commit(
+                    ManifestBatch(
+                        ops=(UpdateJob(job_id=job.job_id, changes=changes),),
+                        preconditions=(ExpectJobState(job_id=job.job_id, states=("in_flight",)),),
+                        reason="job.resumed",
+                    )
+                )
+                job = msgspec.structs.replace(job, **changes)  # noqa: PLW2901
+                self._events.info("job.resumed", **job_fields(job))
+            self._add_pending(job)
+
+    async def enqueue(self, job: JobRecord, *, join: bool) -> JobRecord:
+        """Adds a pending job, durably. With `join`, a pending job of that kind and database that
+        has not planned yet is answered instead. Raises Backpressure when too many wait."""
+        lock = self._enqueueing.setdefault(job.db_id, asyncio.Lock())
+        async with lock:
+            if join and (joined := self._joinable(job)) is not None:
+                return joined
+            if self.depth >= self._depth_max:
+                raise Backpressure(
+                    "The job queue is full.", retry_after_seconds=5, queue_depth=self.depth
+                )
+            failpoints.fp("job.before_enqueue")
+            await self._manifest.commit(
+                ManifestBatch(ops=(EnqueueJob(job=job),), reason="job.enqueued")
+            )
+            failpoints.fp("job.after_enqueue")
+            self._add_pending(job)
+        self._events.info("job.enqueued", **job_fields(job))
+        self._feed.notify(job.job_id)
+        return job
+
+    def next_eligible_us(self) -> int | None:
+        """When the earliest job that only waits for its time may be claimed."""
+        times = [
+            job.not_before_us
+            for jobs in self._pending.values()
+            for job in jobs.values()
+            if not self._is_blocked(job)
+        ]
+        return min(times, default=None)
+
+    async def claim(self) -> JobRecord | None:
+        """The next job in turn, tenant by tenant, now in flight; None if none is eligible."""
+        now = wall_us(self._clock)
+        job = self._pick(now)
+        if job is None:
+            return None
+        self._take(job)
+        changes: dict[str, Any] = {
+            "state": "in_flight",
+            "run": job.run + 1,
+            "attempts": job.attempts + 1,
+            "started_at_us": job.started_at_us or now,
+        }
+        try:
+            await self._manifest.commit(
+                ManifestBatch(
+                    ops=(UpdateJob(job_id=job.job_id, changes=changes),),
+                    preconditions=(ExpectJobState(job_id=job.job_id, states=("pending",)),),
+                    reason="job.claimed",
+                )
+            )
+        except BaseException:
+            self._forget(job)
+            self._reload(job.job_id)
+            raise
+        failpoints.fp("job.after_claim")
+        claimed = msgspec.structs.replace(job, **changes)
+        self._claimed[job.job_id] = claimed
+        self._feed.notify(job.job_id)
+        return claimed
+
+    async def update(
+        self,
+        job: JobRecord,
+        *,
+        reason: str,
+        changes: dict[str, Any],
+        ops: tuple[Op, ...] = (),
+        preconditions: tuple[Precondition, ...] = (),
+        allow_cancelled: bool = False,
+    ) -> tuple[JobRecord, Receipt]:
+        """Changes a claimed job together with `ops`, or nothing of it (I3, I6)."""
+        receipt = await self._manifest.commit(
+            ManifestBatch(
+                ops=(*ops, UpdateJob(job_id=job.job_id, changes=changes)),
+                preconditions=(
+                    ExpectRun(
+                        job_id=job.job_id, run=job.run, allow_cancelled=allow_cancelled
+                    ),
+                    *preconditions,
+                ),
+                reason=reason,
+                db_id=job.db_id,
+            )
+        )
+        changed = msgspec.structs.replace(job, **changes)
+        if job.job_id in self._claimed:
+            self._claimed[job.job_id] = changed
+        self._feed.notify(job.job_id)
+        return changed, receipt
+
+    def give_back(self, job: JobRecord) -> None:
+        """A claimed job's row is pending again (a retry) or has ended: memory follows the row."""
+        self._forget(job)
+        self._reload(job.job_id)
+
+    async def request_cancel(self, job_id: str) -> JobRecord:
+        """A pending job ends here; a job in flight is told. Raises JobAlreadyEnded."""
+        job = self._read(job_id)
+        if job.state in ENDED_STATES:
+            raise JobAlreadyEnded(f"The job is {job.state}.", state=job.state)
+        changes: dict[str, Any] = {"cancel_requested": True}
+        await self._manifest.commit(
+            ManifestBatch(
+                ops=(UpdateJob(job_id=job_id, changes=changes),),
+                preconditions=(ExpectJobState(job_id=job_id, states=("pending", "in_flight")),),
+                reason="job.cancel_requested",
+            )
+        )
+        if job_id not in self._claimed:
+            self._reload(job_id)
+            self.wake()
+        self._events.info("job.cancel_requested", **job_fields(job))
+        self._feed.notify(job_id)
+        return self._read(job_id)
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    async def wait_for_work(self) -> None:
+        await self._wake.wait()
+        self._wake.clear()
+
+    def _read(self, job_id: str) -> JobRecord:
+        with self._manifest.read() as view:
+            job = view.job(job_id)
+        if job is None:
+            raise JobNotFound(job_id=job_id)
+        return job
+
+    def _joinable(self, job: JobRecord) -> JobRecord | None:
+        for other in self._pending.get(job.tenant, {}).values():
+            if (
+                other.kind == job.kind
+                and other.db_id == job.db_id
+                and other.plan is None
+                and other.published_generation is None
+                and not other.cancel_requested
+            ):
+                return other
+        return None
+
+    def _pick(self, now_us: int) -> JobRecord | None:
+        for tenant in list(self._pending):
+            for job in self._pending[tenant].values():
+                if job.not_before_us <= now_us and not self._is_blocked(job):
+                    self._pending.move_to_end(tenant)
+                    return job
+        return None
+
+    def _is_blocked(self, job: JobRecord) -> bool:
+        return job.kind in MUTATING_KINDS and job.db_id in self._busy_databases
+
+    def _add_pending(self, job: JobRecord) -> None:
+        self._pending.setdefault(job.tenant, {})[job.job_id] = job
+        self.wake()
+
+    def _take(self, job: JobRecord) -> None:
+        jobs = self._pending[job.tenant]
+        del jobs[job.job_id]
+        if not jobs:
+            del self._pending[job.tenant]
+        self._claimed[job.job_id] = job
+        if job.kind in MUTATING_KINDS:
+            self._busy_databases.add(job.db_id)
+
+    def _forget(self, job: JobRecord) -> None:
+        self._claimed.pop(job.job_id, None)
+        if job.kind in MUTATING_KINDS:
+            self._busy_databases.discard(job.db_id)
+        self.wake()
+
+    def _reload(self, job_id: str) -> None:
+        job = self._read(job_id)
+        if job.state == "pending":
+            self._add_pending(job)
+
+
+def job_fields(job: JobRecord) -> dict[str, object]:
+    """What a log line about a job says."""
+    return {
+        "job_id": job.job_id,
+        "kind": job.kind,
+        "tenant": job.tenant,
+        "database": job.database,
+        "db_id": job.db_id,
+        "attempt": job.attempts,
+        "run": job.run,
+    }

@@ -1,0 +1,259 @@
+"""Runs one claimed job to the end of an attempt, and decides what that attempt means.
+
+Invariants: I7, I13: whatever happens, the job's row says what is true and its handler has cleaned
+up. I15: once the publishing transaction is in, the job can only go on to completion.
+Concurrency: one runner per claimed job; a lease keeper beside the handler.
+Cancellation: a shutdown leaves the row in flight; the next start resumes it, no attempt used up.
+Crash: the same.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from app.core.base.clock import Clock, Randomness, full_jitter, wall_us
+from app.core.base.errors import (
+    BopError,
+    DeadlineExceeded,
+    ErrorKind,
+    FatalError,
+    InternalError,
+    JobCancelled,
+)
+from app.core.base.events import Events
+from app.core.base.tasks import TaskScope
+from app.core.jobs.queue import JobQueue, job_fields
+from app.core.stores.manifest.errors import BatchRefused, CancelRequested
+from app.core.stores.manifest.ops import Op, Precondition, Receipt
+from app.core.stores.manifest.records import JobFailure, JobKind, JobRecord
+
+RETRYABLE = frozenset({ErrorKind.UNAVAILABLE, ErrorKind.EXHAUSTED, ErrorKind.BACKPRESSURE})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    attempts_max: int
+    backoff_base_seconds: float
+    backoff_cap_seconds: float
+    stall_seconds: float
+
+
+class JobContext:
+    """A handler's hold on its job: the current row, and the only way to change it."""
+
+    def __init__(self, queue: JobQueue, job: JobRecord, *, on_progress: Callable[[], None]) -> None:
+        self._queue = queue
+        self._on_progress = on_progress
+        self.job = job
+
+    async def update(
+        self,
+        *,
+        reason: str,
+        changes: dict[str, Any],
+        ops: tuple[Op, ...] = (),
+        preconditions: tuple[Precondition, ...] = (),
+        allow_cancelled: bool = False,
+    ) -> Receipt:
+        """Commits `changes` of the job with `ops`. Raises JobCancelled if someone asked to."""
+        try:
+            self.job, receipt = await self._queue.update(
+                self.job,
+                reason=reason,
+                changes=changes,
+                ops=ops,
+                preconditions=preconditions,
+                allow_cancelled=allow_cancelled,
+            )
+        except CancelRequested as refused:
+            raise JobCancelled("The job was cancelled on request.") from refused
+        self._on_progress()
+        return receipt
+
+    def touch(self) -> None:
+        """Something moved: the stall detector starts over."""
+        self._on_progress()
+
+
+class JobHandler(Protocol):
+    """One kind of job. `run` is called again after any failure, with the row as it was left."""
+
+    async def run(self, context: JobContext) -> Mapping[str, Any]:
+        """Does the work and returns the job's result."""
+        ...
+
+    async def abandon(self, context: JobContext) -> tuple[tuple[Op, ...], dict[str, Any]]:
+        """The job ends unpublished: cleans up, and returns ops and changes to commit with it."""
+        ...
+
+    async def pause(self, context: JobContext) -> tuple[Op, ...]:
+        """The attempt failed and will be retried: gives back what it holds meanwhile."""
+        ...
+
+
+class JobRunner:
+    def __init__(
+        self,
+        queue: JobQueue,
+        handlers: Mapping[JobKind, JobHandler],
+        *,
+        clock: Clock,
+        randomness: Randomness,
+        events: Events,
+        policy: RetryPolicy,
+    ) -> None:
+        self._queue = queue
+        self._handlers = handlers
+        self._clock = clock
+        self._randomness = randomness
+        self._events = events
+        self._policy = policy
+
+    async def run(self, job: JobRecord) -> None:
+        """One attempt. Raises only FatalError and CancelledError; all else ends in the row."""
+        handler = self._handlers[job.kind]
+        context = JobContext(self._queue, job, on_progress=lambda: None)
+        try:
+            await self._attempt(handler, context)
+        finally:
+            self._queue.give_back(context.job)
+
+    async def _attempt(self, handler: JobHandler, context: JobContext) -> None:
+        try:
+            if context.job.cancel_requested and context.job.published_generation is None:
+                raise JobCancelled("The job was cancelled on request.")
+            result = await self._bounded(handler, context)
+            await self._end(context, state="completed", changes={"result": dict(result)})
+        except FatalError:
+            raise
+        except JobCancelled as cancelled:
+            await self._give_up(handler, context, cancelled, state="cancelled")
+        except BopError as error:
+            await self._fail(handler, context, error)
+        except Exception as error:  # noqa: BLE001 - a bug fails its job, not its neighbours
+            self._events.error("job.crashed", error=repr(error), **job_fields(context.job))
+            await self._fail(handler, context, InternalError("The job met an internal error."))
+
+    async def _bounded(self, handler: JobHandler, context: JobContext) -> Mapping[str, Any]:
+        """Runs the handler under its deadline and the stall detector."""
+        loop = asyncio.get_running_loop()
+        deadline = self._deadline(context.job)
+        stall = self._policy.stall_seconds
+
+        def limit() -> float:
+            soonest = self._clock.monotonic() + stall
+            return min(soonest, deadline) if deadline is not None else soonest
+
+        def extend() -> None:
+            if not timeout.expired():
+                timeout.reschedule(loop.time() + limit() - self._clock.monotonic())
+
+        timeout = asyncio.timeout(limit() - self._clock.monotonic())
+        context._on_progress = extend  # noqa: SLF001 - set once its timeout exists
+        try:
+            async with timeout:
+                return await handler.run(context)
+        except TimeoutError as error:
+            if not timeout.expired():
+                raise
+            if deadline is not None and self._clock.monotonic() >= deadline:
+                raise _PastDeadline("The job ran past its deadline.") from error
+            raise DeadlineExceeded(
+                f"Nothing moved for {stall:.0f} s; the attempt was given up."
+            ) from error
+
+    def _deadline(self, job: JobRecord) -> float | None:
+        if job.deadline_us is None or job.published_generation is not None:
+            return None
+        return self._clock.monotonic() + (job.deadline_us - wall_us(self._clock)) / 1e6
+
+    async def _fail(self, handler: JobHandler, context: JobContext, error: BopError) -> None:
+        job = context.job
+        published = job.published_generation is not None
+        refused = isinstance(error, BatchRefused)
+        retryable = refused or error.kind in RETRYABLE
+        exhausted = job.attempts >= self._policy.attempts_max or isinstance(error, _PastDeadline)
+        if published or (retryable and not exhausted):
+            await self._retry(handler, context, error)
+        else:
+            await self._give_up(handler, context, error, state="failed")
+
+    async def _retry(self, handler: JobHandler, context: JobContext, error: BopError) -> None:
+        ops = await handler.pause(context)
+        delay = full_jitter(
+            self._randomness,
+            attempt=context.job.attempts,
+            base_seconds=self._policy.backoff_base_seconds,
+            cap_seconds=self._policy.backoff_cap_seconds,
+        )
+        if error.retry_after_seconds is not None:
+            delay = max(delay, min(error.retry_after_seconds, self._policy.backoff_cap_seconds))
+        not_before_us = wall_us(self._clock) + int(delay * 1e6)
+        self._events.warning(
+            "job.retrying", code=error.code, detail=str(error), delay_seconds=round(delay, 3),
+            **job_fields(context.job),
+        )  # fmt: skip
+        await context.update(
+            reason="job.retrying",
+            ops=ops,
+            changes={
+                "state": "pending", "not_before_us": not_before_us, "error": failure_of(error),
+            },
+            allow_cancelled=True,
+        )  # fmt: skip
+
+    async def _give_up(
+        self, handler: JobHandler, context: JobContext, error: BopError, *, state: str
+    ) -> None:
+        ops, changes = await handler.abandon(context)
+        log = self._events.info if state == "cancelled" else self._events.error
+        log(f"job.{state}", code=error.code, detail=str(error), **job_fields(context.job))
+        await self._end(
+            context, state=state, ops=ops, changes={**changes, "error": failure_of(error)}
+        )
+
+    async def _end(
+        self,
+        context: JobContext,
+        *,
+        state: str,
+        changes: dict[str, Any],
+        ops: tuple[Op, ...] = (),
+    ) -> None:
+        ended = {"state": state, "stage": None, "finished_at_us": wall_us(self._clock)}
+        if state == "completed":
+            ended["error"] = None
+        await context.update(
+            reason=f"job.{state}", ops=ops, changes={**changes, **ended}, allow_cancelled=True
+        )
+
+
+class _PastDeadline(DeadlineExceeded):
+    """The job's own deadline, not a stall: no further attempt."""
+
+
+def failure_of(error: BopError) -> JobFailure:
+    plain = {
+        name: value
+        for name, value in error.fields.items()
+        if isinstance(value, (str, int, float, bool, type(None)))
+    }
+    return JobFailure(
+        kind=error.kind.value, code=error.code, title=error.title, detail=error.advice, fields=plain
+    )
+
+
+class JobScope:
+    """Starts runners as tasks of one scope and keeps count of them."""
+
+    def __init__(self, runner: JobRunner, scope: TaskScope) -> None:
+        self._runner = runner
+        self._scope = scope
+
+    def start(self, job: JobRecord) -> None:
+        self._scope.start(self._runner.run(job), name=f"job.{job.job_id}")
+
+    @property
+    def running(self) -> int:
+        return len(self._scope)

@@ -1,0 +1,309 @@
+"""fsck: walks manifest ↔ remote ↔ local files ↔ quota ↔ change log, and says what does not agree.
+
+It changes nothing. Each finding names the invariant (I1…) it breaks. Run it against a service
+(between its steps: it looks twice before it calls a moving thing wrong) or on a stopped one's data
+directory.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from app.core.base.errors import BopError
+from app.core.base.tasks import BlockingPool, for_each
+from app.core.checkpoint.generation_document import build_document, decode_document
+from app.core.coordination.quota import StorageQuota
+from app.core.formats.damage import Damage
+from app.core.stores.local.scratch import ScratchStore
+from app.core.stores.manifest.records import (
+    ENDED_STATES,
+    ChangeRecord,
+    ChunkRecord,
+    DatabaseRecord,
+    GcRecord,
+    GenerationRecord,
+    JobRecord,
+    LeaseRecord,
+    WalSegmentRecord,
+)
+from app.core.stores.manifest.replay import catalogue_of, replay
+from app.core.stores.manifest.store import ManifestStore
+from app.core.stores.manifest.view import ManifestView
+from app.core.stores.remote.protocol import BlobMissing, RemoteStore
+from app.core.stores.wal.verification import verify_segment_blocking
+
+HEADS_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    invariant: str
+    where: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FsckReport:
+    findings: tuple[Finding, ...]
+    checked: dict[str, int]
+
+    @property
+    def clean(self) -> bool:
+        return not self.findings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Manifest:
+    """Everything fsck needs, copied out of one read transaction."""
+
+    databases: list[DatabaseRecord]
+    rows: list[ChunkRecord]
+    segments: list[WalSegmentRecord]
+    generations: list[GenerationRecord]
+    leases: list[LeaseRecord]
+    jobs: list[JobRecord]
+    retired: list[GcRecord]
+    changes: list[ChangeRecord]
+    differences: list[str]
+
+
+@dataclass(slots=True)
+class _Notes:
+    findings: list[Finding] = field(default_factory=list)
+    checked: dict[str, int] = field(default_factory=dict)
+
+    def add(self, invariant: str, where: str, detail: str) -> None:
+        self.findings.append(Finding(invariant=invariant, where=where, detail=detail))
+
+    def count(self, what: str, number: int = 1) -> None:
+        self.checked[what] = self.checked.get(what, 0) + number
+
+
+class Fsck:
+    def __init__(
+        self,
+        *,
+        manifest: ManifestStore,
+        remote: Callable[[], RemoteStore],
+        wal_root: Path,
+        scratch: ScratchStore,
+        quota: StorageQuota | None,
+        pool: BlockingPool,
+    ) -> None:
+        self._manifest = manifest
+        self._remote = remote
+        self._wal_root = wal_root
+        self._scratch = scratch
+        self._quota = quota
+        self._pool = pool
+
+    async def run(self) -> FsckReport:
+        """Raises RemoteUnavailable when the store cannot be asked: unknown is not clean."""
+        notes = _Notes()
+        seen = await self._manifest.read_in_thread(_load)
+        _check_catalogue(seen, notes)
+        _check_jobs(seen, notes)
+        _check_changes(seen, notes)
+        await self._check_blobs(seen, notes)
+        await self._check_documents(seen, notes)
+        await self._check_wal(seen, notes)
+        await self._check_scratch(seen, notes)
+        self._check_quota(notes)
+        return FsckReport(findings=tuple(notes.findings), checked=notes.checked)
+
+    async def _check_blobs(self, seen: _Manifest, notes: _Notes) -> None:
+        remote = self._remote()
+
+        async def check(row: ChunkRecord) -> None:
+            assert row.blob is not None
+            info = await remote.head_blob(row.blob.key)
+            where = f"{row.db_id}/chunk {row.chunk_id}@{row.generation} {row.blob.key}"
+            if info is None:
+                notes.add("I2", where, "the blob is not on the remote store")
+            elif info.bytes != row.blob.bytes:
+                notes.add("I2", where, f"{info.bytes} bytes stored, {row.blob.bytes} recorded")
+            elif info.crc64 is not None and info.crc64 != row.blob.crc64:
+                notes.add("I2", where, "the store's CRC-64 is not the recorded one")
+
+        blobs = [row for row in seen.rows if row.blob is not None]
+        await for_each(blobs, check, limit=HEADS_AT_ONCE)
+        notes.count("blobs", len(blobs))
+
+    async def _check_documents(self, seen: _Manifest, notes: _Notes) -> None:
+        remote = self._remote()
+        databases = {record.db_id: record for record in seen.databases}
+        working = {job.db_id for job in seen.jobs if job.state == "in_flight"}
+
+        async def check(generation: GenerationRecord) -> None:
+            where = generation.document_key
+            if not generation.document_stored:
+                if generation.db_id not in working:
+                    notes.add("I3", where, "published, but its document was never stored")
+                return
+            try:
+                stored = decode_document(await remote.get_blob(where), key=where)
+            except BlobMissing:
+                notes.add("I3", where, "the generation document is gone")
+                return
+            except BopError as error:
+                if error.code == "remote_unavailable":
+                    raise
+                notes.add("I3", where, str(error))
+                return
+            database = databases[generation.db_id]
+            chunks = [
+                row
+                for row in seen.rows
+                if row.db_id == generation.db_id
+                and row.generation <= generation.generation
+                and (row.superseded_at is None or row.superseded_at > generation.generation)
+            ]
+            if stored.chunks != build_document(database, generation, chunks).chunks:
+                notes.add("I3", where, "the document names other chunks than the catalogue")
+
+        await for_each(seen.generations, check, limit=HEADS_AT_ONCE)
+        notes.count("generation_documents", len(seen.generations))
+
+    async def _check_wal(self, seen: _Manifest, notes: _Notes) -> None:
+        """Sealed segments byte for byte; open ones are recovery's to judge."""
+        for row in seen.segments:
+            path = self._wal_root / str(row.db_id) / f"{row.segment_id:016d}.wal"
+            where = f"wal/{row.db_id}/{row.segment_id}"
+            if row.state == "checkpointed" or not await self._still(row):
+                continue
+            if not path.exists():
+                if await self._still(row):
+                    notes.add("I4", where, "WAL that no generation covers is missing")
+                continue
+            notes.count("wal_segments")
+            if row.state == "sealed":
+                try:
+                    await self._pool.run(verify_segment_blocking, path)
+                except FileNotFoundError:
+                    continue
+                except Damage as damage:
+                    notes.add("I1", where, str(damage))
+
+    async def _still(self, row: WalSegmentRecord) -> bool:
+        with self._manifest.read() as view:
+            return row in view.segments(row.db_id)
+
+    async def _check_scratch(self, seen: _Manifest, notes: _Notes) -> None:
+        del seen
+        with self._manifest.read() as view:
+            live = {job.job_id for job in view.unfinished_jobs()}
+        for directory in await self._scratch.list():
+            if directory.job_id not in live:
+                notes.add("I13", f"checkpoint_scratch/{directory.job_id}", "no live job owns it")
+
+    def _check_quota(self, notes: _Notes) -> None:
+        if self._quota is None:
+            return
+        for problem in self._quota.check():
+            notes.add("I9", "quota", problem)
+        with self._manifest.read() as view:
+            live = {job.job_id for job in view.unfinished_jobs()}
+        for job in self._quota.snapshot().jobs:
+            if job.job_id not in live:
+                notes.add("I9", f"quota job {job.job_id}", "an ended job still holds room")
+
+
+def _load(view: ManifestView) -> _Manifest:
+    databases = view.all_databases()
+    changes: list[ChangeRecord] = []
+    while batch := view.change_log(
+        after_sequence=changes[-1].sequence if changes else 0, limit=1000
+    ):
+        changes.extend(batch)
+    expected = replay(changes)
+    found = catalogue_of(view)
+    return _Manifest(
+        databases=databases,
+        rows=[row for record in databases for row in view.chunk_rows(record.db_id)],
+        segments=view.all_segments(),
+        generations=[
+            row
+            for record in databases
+            for row in view.generations(record.db_id, after=None, limit=1_000_000)
+        ],
+        leases=view.leases(),
+        jobs=view.unfinished_jobs(),
+        retired=view.gc_rows(limit=1_000_000),
+        changes=changes,
+        differences=list(expected.differences(found)),
+    )
+
+
+def _check_catalogue(seen: _Manifest, notes: _Notes) -> None:
+    for record in seen.databases:
+        generations = [row for row in seen.generations if row.db_id == record.db_id]
+        where = f"{record.tenant}/{record.name}"
+        notes.count("databases")
+        newest = generations[-1] if generations else None
+        if newest is not None and newest.generation != record.generation:
+            notes.add("I14", where, "the newest generation is not the database's")
+        stored = [row.last_lsn for row in generations if row.document_stored]
+        if record.checkpointed_lsn > max(stored, default=0):
+            notes.add("I3", where, "checkpointed_lsn says more than the bucket holds")
+        rows = [row for row in seen.rows if row.db_id == record.db_id and row.blob is not None]
+        _check_chunks(record, rows, notes)
+        _check_coverage(record, rows, seen.segments, notes)
+    doomed = {row.key for row in seen.retired}
+    for row in seen.rows:
+        if row.blob is not None and row.superseded_at is None and row.blob.key in doomed:
+            notes.add("I8", row.blob.key, "a live blob is queued for collection")
+
+
+def _check_chunks(record: DatabaseRecord, rows: Iterable[ChunkRecord], notes: _Notes) -> None:
+    if record.engine != "append_only":
+        return
+    last = 0
+    current = sorted(
+        (row for row in rows if row.superseded_at is None), key=lambda row: row.chunk_id
+    )
+    for row in current:
+        notes.count("chunks")
+        if row.first <= last:
+            notes.add("I14", f"{record.db_id}/chunk {row.chunk_id}", "LSN ranges overlap")
+        last = row.last
+
+
+def _check_coverage(
+    record: DatabaseRecord,
+    rows: Iterable[ChunkRecord],
+    segments: Iterable[WalSegmentRecord],
+    notes: _Notes,
+) -> None:
+    """Every covered segment's LSNs are in a chunk: WAL never goes before its data (I4)."""
+    if record.engine != "append_only":
+        return
+    covered = [(row.first, row.last) for row in rows]
+    for segment in segments:
+        if segment.db_id != record.db_id or segment.state != "checkpointed":
+            continue
+        if (segment.first_lsn, segment.last_lsn) not in covered:
+            notes.add(
+                "I4", f"wal/{segment.db_id}/{segment.segment_id}", "checkpointed, but in no chunk"
+            )
+
+
+def _check_jobs(seen: _Manifest, notes: _Notes) -> None:
+    live = {job.job_id for job in seen.jobs if job.state not in ENDED_STATES}
+    notes.count("jobs", len(seen.jobs))
+    for lease in seen.leases:
+        notes.count("leases")
+        if lease.job_id not in live:
+            notes.add("I6", f"lease {lease.db_id}/{lease.chunk_id}", "held by an ended job")
+
+
+def _check_changes(seen: _Manifest, notes: _Notes) -> None:
+    notes.count("changes", len(seen.changes))
+    if seen.changes:
+        first = seen.changes[0].sequence
+        for position, change in enumerate(seen.changes):
+            if change.sequence != first + position:
+                notes.add("I14", f"change {change.sequence}", "the change log has a hole")
+                break
+    if not seen.changes or seen.changes[0].sequence == 1:
+        for difference in seen.differences:
+            notes.add("I14", "change log", difference)

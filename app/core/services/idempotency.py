@@ -1,0 +1,77 @@
+"""The same POST again gives the first answer again.
+
+Invariants: one effect per key (I7); an answer is remembered for 24 h, durably; a replay during the
+first waits for it. Failures that may pass (401, 429, 5xx, 507) are not remembered: the action
+raises and nothing is stored. Cancellation: a caller that leaves does not undo the first's effect.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from app.core.base.clock import Clock, wall_us
+from app.core.base.errors import IdempotencyKeyReused
+from app.core.stores.manifest.ops import ManifestBatch, PutIdempotency
+from app.core.stores.manifest.records import IdempotencyRecord
+from app.core.stores.manifest.store import ManifestStore
+
+REMEMBERED_US = 24 * 3600 * 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredAnswer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class Idempotency:
+    def __init__(self, manifest: ManifestStore, *, clock: Clock) -> None:
+        self._manifest = manifest
+        self._clock = clock
+        self._running: dict[bytes, asyncio.Lock] = {}
+        self._waiting: dict[bytes, int] = {}
+
+    async def run(
+        self, *, scope_hash: bytes, body_hash: bytes, action: Callable[[], Awaitable[StoredAnswer]]
+    ) -> StoredAnswer:
+        """`scope_hash` is of principal, route and key. Raises IdempotencyKeyReused."""
+        lock = self._running.setdefault(scope_hash, asyncio.Lock())
+        self._waiting[scope_hash] = self._waiting.get(scope_hash, 0) + 1
+        try:
+            async with lock:
+                return await self._once(scope_hash, body_hash, action)
+        finally:
+            self._waiting[scope_hash] -= 1
+            if not self._waiting[scope_hash]:
+                del self._waiting[scope_hash], self._running[scope_hash]
+
+    async def _once(
+        self, scope_hash: bytes, body_hash: bytes, action: Callable[[], Awaitable[StoredAnswer]]
+    ) -> StoredAnswer:
+        now = wall_us(self._clock)
+        with self._manifest.read() as view:
+            known = view.idempotency(scope_hash)
+        if known is not None and now - known.created_at_us < REMEMBERED_US:
+            if known.body_hash != body_hash:
+                raise IdempotencyKeyReused()
+            return StoredAnswer(status=known.status, headers=known.headers, body=known.body)
+        answer = await action()
+        await self._manifest.commit(
+            ManifestBatch(
+                ops=(
+                    PutIdempotency(
+                        record=IdempotencyRecord(
+                            scope_hash=scope_hash,
+                            body_hash=body_hash,
+                            created_at_us=now,
+                            status=answer.status,
+                            headers=answer.headers,
+                            body=answer.body,
+                        )
+                    ),
+                ),
+                reason="idempotency.remembered",
+            )
+        )
+        return answer

@@ -1,0 +1,110 @@
+"""Records of append_only databases: append, read."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from app.core.base.errors import CorruptWal, LsnTruncated, WalLost
+from app.core.formats.segment import EntryType
+from app.core.reads.record_reader import RecordReader, RecordStream
+from app.core.services.directory import DatabaseDirectory
+from app.core.stores.manifest.store import ManifestStore
+from app.core.stores.wal.log import Appended, AppendRequest, EntryPayload
+
+
+@dataclass(frozen=True, slots=True)
+class AppendLimits:
+    record_bytes_max: int
+
+
+class Records:
+    def __init__(
+        self,
+        manifest: ManifestStore,
+        directory: DatabaseDirectory,
+        reader: RecordReader,
+        *,
+        record_bytes_max: int,
+    ) -> None:
+        self._manifest = manifest
+        self._directory = directory
+        self._reader = reader
+        self._record_bytes_max = record_bytes_max
+
+    def check_appendable(self, tenant: str, name: str) -> AppendLimits:
+        """Before a body is read: is there anywhere to put it? Raises DatabaseNotFound,
+        WrongEngine, WalLost, CorruptWal."""
+        record, log = self._directory.require(tenant, name, "append_only")
+        if log.health == "wal_lost":
+            raise WalLost(lost_from_lsn=log.lost_from_lsn)
+        if log.health == "corrupt_wal":
+            raise CorruptWal()
+        return AppendLimits(min(self._record_bytes_max, record.chunk_bytes))
+
+    async def append(
+        self,
+        tenant: str,
+        name: str,
+        entries: Sequence[EntryPayload],
+        *,
+        expected_next_lsn: int | None,
+        key_hash: bytes | None,
+        body_hash: bytes | None,
+    ) -> Appended:
+        """Returns once the records are durable (I1), all of them or none. With a key, the same
+        append again gives the first answer (`replayed`). Raises LsnMismatch,
+        IdempotencyKeyReused, DiskFull, Backpressure."""
+        _, log = self._directory.require(tenant, name, "append_only")
+        return await log.append(
+            AppendRequest(
+                entries=entries,
+                entry_type=EntryType.RECORDS,
+                expected_next_lsn=expected_next_lsn,
+                key_hash=key_hash,
+                body_hash=body_hash,
+            )
+        )
+
+    async def open_read(
+        self,
+        tenant: str,
+        name: str,
+        *,
+        from_lsn: int,
+        to_lsn: int | None,
+        limit: int | None,
+        wait_seconds: float,
+        as_lines: bool,
+    ) -> RecordStream:
+        """A stream of [from_lsn, to_lsn] up to a gap, to be closed by the caller. From beyond the
+        newest record it is empty, after waiting up to `wait_seconds` for that record.
+        Raises LsnTruncated, NotLineRecords."""
+        _, log = self._directory.require(tenant, name, "append_only")
+        if wait_seconds > 0 and from_lsn >= log.next_lsn:
+            try:
+                async with asyncio.timeout(wait_seconds):
+                    await log.wait_for(from_lsn)
+            except TimeoutError:
+                pass  # an empty answer says where to go on
+        record = self._directory.read(tenant, name)
+        if from_lsn < record.first_lsn:
+            raise LsnTruncated(
+                f"LSN {from_lsn} was truncated; the oldest readable one is {record.first_lsn}.",
+                first_lsn=record.first_lsn,
+            )
+        pin = log.pin(from_lsn, to_lsn if to_lsn is not None else log.next_lsn)
+        try:
+            with self._manifest.read() as view:
+                chunks = view.chunk_view(record.db_id, record.generation)
+        except BaseException:
+            pin.release()
+            raise
+        return await self._reader.open(
+            chunks=chunks,
+            pin=pin,
+            next_lsn=log.next_lsn,
+            from_lsn=from_lsn,
+            to_lsn=to_lsn,
+            limit=limit,
+            as_lines=as_lines,
+        )

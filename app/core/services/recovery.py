@@ -1,0 +1,150 @@
+"""`recover`: rebuilds the manifest of an empty data directory from the bucket alone (I3).
+
+Everything published comes back: every generation whose document is there, and its chunks. LSNs go
+on 2^32 above the last published one, because the lost node may have given out some that never
+were (I14). Crash: run it again; it only ever writes into a manifest without databases.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from app.core.base.errors import StartRefused
+from app.core.base.events import Events
+from app.core.base.tasks import for_each
+from app.core.checkpoint.generation_document import (
+    GenerationDocument,
+    decode_document,
+    restored_database,
+    restored_generation,
+    restored_rows,
+)
+from app.core.stores.manifest.ops import (
+    ManifestBatch,
+    Op,
+    RestoreDatabase,
+    RestoreGeneration,
+    UpsertChunk,
+)
+from app.core.stores.manifest.records import ChunkRecord
+from app.core.stores.manifest.store import ManifestStore
+from app.core.stores.remote.keys import DOCUMENTS_PREFIX
+from app.core.stores.remote.protocol import RemoteStore
+
+LSN_GAP = 1 << 32
+DOCUMENTS_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveredDatabase:
+    tenant: str
+    database: str
+    db_id: int
+    generations: int
+    chunks: int
+    last_lsn: int
+    next_lsn: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoverReport:
+    databases: tuple[RecoveredDatabase, ...]
+    skipped: tuple[str, ...]
+    """Databases whose name a newer one has taken since."""
+
+    @property
+    def generations(self) -> int:
+        return sum(database.generations for database in self.databases)
+
+
+async def recover_databases(
+    manifest: ManifestStore,
+    remote: RemoteStore,
+    *,
+    events: Events,
+    progress: Callable[[int, int], None],
+) -> RecoverReport:
+    """Raises StartRefused unless the manifest is empty; CorruptBlob for a damaged document.
+    `progress` is told (documents read, documents in all)."""
+    with manifest.read() as view:
+        if view.all_databases():
+            raise StartRefused(
+                "The data directory already holds databases; recover works on an empty one."
+            )
+    keys = sorted([info.key async for info in remote.list_blobs(DOCUMENTS_PREFIX)])
+    read = 0
+
+    async def load(key: str) -> tuple[str, GenerationDocument]:
+        nonlocal read
+        document = decode_document(await remote.get_blob(key), key=key)
+        read += 1
+        progress(read, len(keys))
+        return key, document
+
+    by_database: dict[int, list[tuple[str, GenerationDocument]]] = defaultdict(list)
+    for key, document in await for_each(keys, load, limit=DOCUMENTS_AT_ONCE):
+        by_database[document.database.db_id].append((key, document))
+    restored: list[RecoveredDatabase] = []
+    skipped: list[str] = []
+    taken: set[tuple[str, str]] = set()
+    for db_id in sorted(by_database, reverse=True):  # ids grow: the newest of a name wins
+        documents = sorted(by_database[db_id], key=lambda pair: pair[1].generation.generation)
+        newest = documents[-1][1].database
+        if (newest.tenant, newest.name) in taken:
+            skipped.append(f"{newest.tenant}/{newest.name} (db_id {db_id})")
+            continue
+        taken.add((newest.tenant, newest.name))
+        restored.append(await _restore(manifest, documents))
+        events.info(
+            "database.recovered", tenant=newest.tenant, database=newest.name, db_id=db_id,
+            generations=len(documents),
+        )  # fmt: skip
+    return RecoverReport(databases=tuple(reversed(restored)), skipped=tuple(skipped))
+
+
+async def _restore(
+    manifest: ManifestStore, documents: Sequence[tuple[str, GenerationDocument]]
+) -> RecoveredDatabase:
+    newest = documents[-1][1]
+    record = restored_database(newest, floor_lsn=newest.generation.last_lsn + 1 + LSN_GAP)
+    rows = catalogue_rows([document for _, document in documents])
+    ops: list[Op] = [RestoreDatabase(record=record)]
+    ops += [UpsertChunk(row=row) for row in rows]
+    for position, (key, document) in enumerate(documents):
+        generation = restored_generation(document, document_key=key)
+        if position + 1 < len(documents):
+            following = documents[position + 1][1].generation
+            generation = msgspec.structs.replace(
+                generation, superseded_at_us=following.committed_at_us
+            )
+        ops.append(RestoreGeneration(row=generation))
+    await manifest.commit(
+        ManifestBatch(ops=tuple(ops), reason="database.recovered", db_id=record.db_id)
+    )
+    return RecoveredDatabase(
+        tenant=record.tenant,
+        database=record.name,
+        db_id=record.db_id,
+        generations=len(documents),
+        chunks=len(newest.chunks),
+        last_lsn=newest.generation.last_lsn,
+        next_lsn=record.floor_lsn,
+    )
+
+
+def catalogue_rows(documents: Sequence[GenerationDocument]) -> list[ChunkRecord]:
+    """Every row that the documents (of one database, in generation order) name, each valid until
+    the first later document that no longer has it. Pure."""
+    rows: dict[tuple[int, int], ChunkRecord] = {}
+    open_rows: set[tuple[int, int]] = set()
+    for document in documents:
+        here = {(row.chunk_id, row.generation): row for row in restored_rows(document)}
+        for gone in open_rows - here.keys():
+            rows[gone] = msgspec.structs.replace(
+                rows[gone], superseded_at=document.generation.generation
+            )
+        rows.update({place: row for place, row in here.items() if place not in rows})
+        open_rows = set(here)
+    return [rows[place] for place in sorted(rows)]

@@ -1,0 +1,90 @@
+"""Claims jobs and runs them, as many side by side as the settings allow.
+
+Invariants: nothing is claimed before the remote prefix is, nor after `stop_claiming`.
+Concurrency: one loop; runners are tasks of its scope.
+Cancellation: runners are cancelled and joined; their rows stay in flight and are resumed.
+Crash: see jobs.queue.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from app.core.base.clock import Clock, wall_us
+from app.core.base.tasks import TaskScope
+from app.core.jobs.queue import JobQueue
+from app.core.jobs.runner import JobRunner
+
+
+class JobLoop:
+    name = "job_loop"
+
+    def __init__(
+        self,
+        queue: JobQueue,
+        runner: JobRunner,
+        *,
+        ready: Callable[[], Awaitable[None]],
+        clock: Clock,
+        concurrency: int,
+    ) -> None:
+        """Claims nothing until `ready()` returns."""
+        self._queue = queue
+        self._runner = runner
+        self._clock = clock
+        self._ready = ready
+        self._concurrency = concurrency
+        self._claiming = True
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._failure: asyncio.Future[None] | None = None
+
+    def stop_claiming(self) -> None:
+        self._claiming = False
+        self._queue.wake()
+
+    async def drain(self, *, seconds: float) -> None:
+        """Claims no more and lets running jobs end; those that do not are resumed at next start."""
+        self.stop_claiming()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return
+
+    async def run(self) -> None:
+        self._failure = asyncio.get_running_loop().create_future()
+        await self._ready()
+        async with TaskScope("jobs", on_error=self._failed) as scope:
+            while True:
+                if self._failure.done():
+                    self._failure.result()
+                await self._claim(scope)
+                await self._wait()
+
+    async def _claim(self, scope: TaskScope) -> None:
+        while self._claiming and len(scope) < self._concurrency:
+            job = await self._queue.claim()
+            if job is None:
+                return
+            self._idle.clear()
+            task = scope.start(self._runner.run(job), name=job.job_id)
+            task.add_done_callback(lambda _: self._ended(scope))
+
+    async def _wait(self) -> None:
+        next_us = self._queue.next_eligible_us() if self._claiming else None
+        delay = None if next_us is None else max((next_us - wall_us(self._clock)) / 1e6, 0.005)
+        try:
+            async with asyncio.timeout(delay):
+                await self._queue.wait_for_work()
+        except TimeoutError:
+            return
+
+    def _ended(self, scope: TaskScope) -> None:
+        if len(scope) == 0:
+            self._idle.set()
+        self._queue.wake()
+
+    def _failed(self, error: BaseException) -> None:
+        if self._failure is not None and not self._failure.done():
+            self._failure.set_exception(error)
+        self._queue.wake()

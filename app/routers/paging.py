@@ -1,0 +1,76 @@
+"""Pages of lists: `?limit=`, an opaque `?cursor=`, `next_cursor` and the `Link` header."""
+
+import base64
+import binascii
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from fastapi import Depends, Query, Request, Response
+
+from app.core.base.errors import InvalidRequest
+
+LIMIT_DEFAULT = 100
+LIMIT_MAX = 1000
+
+T = TypeVar("T")
+K = TypeVar("K")
+
+
+class Page:
+    """What part of a list was asked for."""
+
+    def __init__(self, *, limit: int, cursor: str | None) -> None:
+        self.limit = limit
+        self._cursor = cursor
+
+    def after(self, kind: type[K]) -> K | None:
+        """The key of the last item of the page before. Raises InvalidRequest."""
+        return None if self._cursor is None else decode_cursor(self._cursor, kind)
+
+    def cut(
+        self, found: Sequence[T], key: Callable[[T], Any], *, request: Request, response: Response
+    ) -> tuple[Sequence[T], str | None]:
+        """The page and its next cursor, from one item more than the page holds.
+
+        Sets the `Link` header.
+        """
+        if len(found) <= self.limit:
+            return found, None
+        shown = found[: self.limit]
+        cursor = encode_cursor(key(shown[-1]))
+        url = request.url.include_query_params(cursor=cursor)
+        target = f"{url.path}?{url.query}"
+        response.headers["Link"] = f'<{target}>; rel="next"'
+        return shown, cursor
+
+
+def page(
+    limit: Annotated[
+        int, Query(ge=1, le=LIMIT_MAX, description="How many items at most.")
+    ] = LIMIT_DEFAULT,
+    cursor: Annotated[
+        str | None,
+        Query(max_length=512, description="The `next_cursor` of the page before; opaque."),
+    ] = None,
+) -> Page:
+    return Page(limit=limit, cursor=cursor)
+
+
+PageQuery = Annotated[Page, Depends(page)]
+
+
+def encode_cursor(key: Any) -> str:
+    return base64.urlsafe_b64encode(msgspec.json.encode(key)).rstrip(b"=").decode()
+
+
+def decode_cursor(text: str, kind: type[K]) -> K:
+    """Raises InvalidRequest."""
+    try:
+        raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+        return msgspec.json.decode(raw, type=kind)
+    except (binascii.Error, ValueError, msgspec.MsgspecError) as error:
+        raise InvalidRequest(
+            "The cursor is not one that this list gave out.",
+            errors=[{"loc": ["query", "cursor"], "msg": "Not a cursor", "type": "cursor"}],
+        ) from error
