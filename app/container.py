@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from migrations.runner import load_steps
+
 from app.core.base.clock import Clock, Randomness, SystemClock, SystemRandomness
 from app.core.base.errors import StartRefused
 from app.core.base.events import Events
@@ -50,7 +52,6 @@ from app.core.workers.supervisor import Supervisor
 from app.core.workers.wal_sweep import WalSweep
 from app.settings import Settings
 from app.wal_catalog import ManifestSegmentCatalog
-from migrations.steps import STEPS
 
 OnFatal = Callable[[BaseException], None]
 Status = Literal["starting", "ready", "stopping", "failed"]
@@ -156,14 +157,15 @@ async def open_container(
         await claim.attempt()  # a prefix that is not ours is refused before anything is served
         await manifest.commit(ManifestBatch(ops=(DropForeignLeases(),), reason="lease.dropped"))
 
-        quota = StorageQuota(global_bytes=settings.quota_global_bytes, events=events)
+        quota = StorageQuota(
+            global_limit_bytes=settings.quota_global_bytes, clock=clock, events=events
+        )
         hot_cache = await HotCache.open(
             settings.data_dir / "hot_cache",
             limit_bytes=settings.hot_cache_bytes,
-            clock=clock,
+            pool=ground.pool,
             events=events,
         )
-        stack.push_async_callback(hot_cache.aclose)
         wal = WalStore(
             settings.data_dir / "wal",
             clock=clock,
@@ -227,9 +229,9 @@ async def open_container(
             concurrency=settings.job_concurrency,
         )
         janitor = ScratchJanitor(
-            ground.scratch, live_jobs=queue.unfinished_ids, clock=clock, events=events
+            ground.scratch, live_jobs=queue.unfinished_ids, room=quota, clock=clock, events=events
         )
-        await janitor.run_once(max_age_seconds=0)
+        await janitor.run_at_start()
         fsck = Fsck(
             manifest=manifest,
             remote=claim.remote,
@@ -266,7 +268,7 @@ async def open_container(
                 queue_depth=lambda: queue.depth,
                 wal_bytes=lambda: sum(log.wal_bytes for log in wal.logs()),
                 quota_used_bytes=lambda: quota.snapshot().global_used_bytes,
-                hot_cache_bytes=lambda: hot_cache.used_bytes,
+                hot_cache_bytes=lambda: hot_cache.stats().used_bytes,
             ),
             claim=claim,
             job_loop=job_loop,
@@ -284,10 +286,11 @@ async def open_container(
 
 
 async def recover(
-    settings: Settings, *, progress: Callable[[int, int], None] = lambda read, total: None
+    settings: Settings, *, progress: Callable[[int, int], None] = _no_progress
 ) -> RecoverReport:
     """Rebuilds the manifest of an empty data directory from the bucket, and takes the prefix
-    over for this directory's node identity. Raises StartRefused, RemoteUnavailable."""
+    over for this directory's node identity. Raises StartRefused, RemoteUnavailable.
+    """
     events = Events()
     async with AsyncExitStack() as stack:
         ground = await _open_ground(
@@ -332,7 +335,7 @@ async def _open_ground(
         process_id=process_id,
         map_bytes=settings.manifest_map_bytes,
         max_readers=settings.manifest_max_readers,
-        migrations=STEPS,
+        migrations=load_steps(),
         on_fatal=on_fatal,
     )
     stack.push_async_callback(manifest.aclose)
@@ -379,6 +382,10 @@ def remote_options(settings: Settings) -> RemoteOptions:
         retry_base_seconds=settings.remote_retry_base_seconds,
         retry_cap_seconds=settings.remote_retry_cap_seconds,
     )
+
+
+def _no_progress(read: int, total: int) -> None:
+    del read, total
 
 
 def _raise_fatal(error: BaseException) -> None:

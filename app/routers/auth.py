@@ -1,7 +1,7 @@
 """Who may do what: the tokens file, scopes by route, tenants by token.
 
-Invariants: I12 – a token bound to tenants meets 404 wherever another tenant is named, before the
-request is looked at further. Denied by default: a route without a scope cannot be made.
+Invariants: I12: a token bound to tenants meets 404 wherever another tenant is named, before the
+request is looked at further. Denied by default: `route.py` makes no route without a scope.
 
 Concurrency: the table of tokens is one immutable value, replaced whole. Cancellation: a reload
 that is cancelled leaves the table as it was. Crash: nothing is durable here.
@@ -10,17 +10,14 @@ that is cancelled leaves the table as it was. Crash: nothing is durable here.
 import asyncio
 import hashlib
 import hmac
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
-from fastapi import Request, Response
-from fastapi.routing import APIRoute
 
 from app.core.base.clock import Clock
 from app.core.base.errors import (
-    BopError,
     DatabaseNotFound,
     Forbidden,
     NotFound,
@@ -28,7 +25,7 @@ from app.core.base.errors import (
     Unauthenticated,
 )
 from app.core.base.events import Events
-from app.routers.exchange import Principal, principal_of
+from app.routers.exchange import Principal
 
 Scope = Literal["read", "write", "checkpoint", "debug", "admin"]
 SCOPES: frozenset[str] = frozenset({"read", "write", "checkpoint", "debug", "admin"})
@@ -62,51 +59,28 @@ def _marked(scopes: frozenset[str]) -> Callable[[F], F]:
     return mark
 
 
-class ScopedRoute(APIRoute):
-    """A route that knows its scopes and checks them before path, query and body."""
-
-    scopes: frozenset[str]
-
-    def __init__(self, path: str, endpoint: Callable[..., Any], **kwargs: Any) -> None:
-        scopes = getattr(endpoint, _SCOPES_ATTRIBUTE, None)
-        if scopes is None:
-            raise TypeError(f"{path}: {endpoint.__qualname__} names no scope; use @needs")
-        if not scopes and path not in OPEN_PATHS:
-            raise TypeError(f"{path} is not one of the open paths")
-        self.scopes = scopes
-        if scopes:
-            extra = kwargs.get("openapi_extra") or {}
-            security = [{"bearer": [scope]} for scope in sorted(scopes)]
-            kwargs["openapi_extra"] = {**extra, "security": security}
-        super().__init__(path, endpoint, **kwargs)
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-        if not self.scopes:
-            return handle
-        scopes, names_database = self.scopes, "{database}" in self.path
-
-        async def guarded(request: Request) -> Response:
-            principal = principal_of(request)
-            if scopes.isdisjoint(principal.scopes):
-                raise Forbidden(f"This needs the scope {' or '.join(sorted(scopes))}.")
-            if principal.tenants is not None:
-                tenant = request.path_params.get("tenant")
-                if tenant is not None and tenant not in principal.tenants:
-                    raise _unseen(names_database)
-            return await handle(request)
-
-        return guarded
+def scopes_of(endpoint: Callable[..., Any]) -> frozenset[str] | None:
+    """What `needs` or `open_to_all` said; None: nothing was said."""
+    scopes: frozenset[str] | None = getattr(endpoint, _SCOPES_ATTRIBUTE, None)
+    return scopes
 
 
-def _unseen(names_database: bool) -> BopError:  # noqa: FBT001 - private, one caller
-    return DatabaseNotFound() if names_database else NotFound("No such tenant.")
+def require_scope(principal: Principal, scopes: frozenset[str]) -> None:
+    """Raises Forbidden."""
+    if scopes.isdisjoint(principal.scopes):
+        raise Forbidden(f"This needs the scope {' or '.join(sorted(scopes))}.")
+
+
+def require_path_tenant(principal: Principal, tenant: str | None, *, names_database: bool) -> None:
+    """Raises DatabaseNotFound or NotFound, as for a tenant that does not exist."""
+    if tenant is not None and not principal.sees(tenant):
+        raise DatabaseNotFound() if names_database else NotFound("No such tenant.")
 
 
 def require_tenant(principal: Principal, tenant: str) -> None:
     """For a tenant that the body names. Raises DatabaseNotFound."""
     if not principal.sees(tenant):
-        raise DatabaseNotFound()
+        raise DatabaseNotFound
 
 
 def require_unbound(principal: Principal) -> None:
@@ -136,9 +110,7 @@ class Tokens:
             if len(digest) != hashlib.sha256().digest_size:
                 raise ValueError(f"token {entry.name!r}: sha256 is not 64 hex digits")
             tenants = None if entry.tenants is None else frozenset(entry.tenants)
-            principal = Principal(
-                name=entry.name, scopes=frozenset(entry.scopes), tenants=tenants
-            )
+            principal = Principal(name=entry.name, scopes=frozenset(entry.scopes), tenants=tenants)
             table.append((digest, principal))
         self._table = tuple(table)
 
@@ -173,6 +145,10 @@ class Authenticator:
             raise StartRefused(f"BOP_AUTH_TOKENS_FILE={self._path}: {error}") from error
         self._look_at = self._clock.monotonic() + RELOAD_SECONDS
 
+    def look_now(self) -> None:
+        """The next request looks whether the file has changed."""
+        self._look_at = 0.0
+
     async def authenticate(self, authorization: bytes | None) -> Principal:
         """Raises Unauthenticated."""
         if self._path is None:
@@ -180,7 +156,7 @@ class Authenticator:
         if self._clock.monotonic() >= self._look_at:
             await self._reload(self._path)
         if authorization is None:
-            raise Unauthenticated()
+            raise Unauthenticated
         scheme, _, token = authorization.partition(b" ")
         principal = None
         if scheme.lower() == b"bearer" and self._tokens is not None:

@@ -1,8 +1,8 @@
 """Request bodies: read in pieces, within limits, into what a service takes.
 
-Invariants: I11 – all record bodies together hold no more than the memory budget; what does not
+Invariants: I11: all record bodies together hold no more than the memory budget; what does not
 fit goes to an unlinked file as it came, and is framed from there in a bounded number of threads.
-I13 – nothing of a refused, broken or abandoned body stays: memory is given back and the file has
+I13: nothing of a refused, broken or abandoned body stays: memory is given back and the file has
 no name.
 
 Concurrency: the budget is loop-confined; a slow client holds up nobody, because nothing is locked
@@ -227,9 +227,7 @@ def _write_blocking(file: SpoolFile, piece: bytes) -> None:
         raise
 
 
-def _frame_blocking(
-    raw: SpoolFile, framed: SpoolFile, framer: RecordFramer
-) -> list[SpooledEntry]:
+def _frame_blocking(raw: SpoolFile, framed: SpoolFile, framer: RecordFramer) -> list[SpooledEntry]:
     entries: list[SpooledEntry] = []
     written = 0
 

@@ -60,6 +60,26 @@ def page(
 PageQuery = Annotated[Page, Depends(page)]
 
 
+def seen_only(
+    fetch: Callable[[int, K | None], Sequence[T]],
+    *,
+    key: Callable[[T], K],
+    sees: Callable[[T], bool],
+    limit: int,
+    after: K | None,
+) -> list[T]:
+    """Up to `limit` items that the caller may see, over as many fetches as that takes. A cursor
+    made from the last of them names nothing hidden (I12).
+    """
+    seen: list[T] = []
+    while True:
+        found = fetch(limit, after)
+        seen.extend(filter(sees, found))
+        if len(found) < limit or len(seen) >= limit:
+            return seen[:limit]
+        after = key(found[-1])
+
+
 def encode_cursor(key: Any) -> str:
     return base64.urlsafe_b64encode(msgspec.json.encode(key)).rstrip(b"=").decode()
 

@@ -74,7 +74,7 @@ def failure_members(failure: JobFailure) -> dict[str, Any]:
     return problem_members(
         code=failure.code,
         title=failure.title,
-        status=STATUS[ErrorKind(failure.kind)],
+        status=int(STATUS[ErrorKind(failure.kind)]),
         detail=failure.detail,
         extras=failure.fields,
     )
@@ -83,7 +83,7 @@ def failure_members(failure: JobFailure) -> dict[str, Any]:
 def problem_response(
     error: BopError, *, request_id: str, headers: Mapping[str, str] | None = None
 ) -> Response:
-    status = STATUS[error.kind]
+    status = int(STATUS[error.kind])
     shown = error.kind is not ErrorKind.INTERNAL
     members = problem_members(
         code=error.code,

@@ -14,6 +14,13 @@ def _nothing(name: str) -> None:
 
 fp: Callable[[str], None] = _nothing
 
+
+def armed() -> bool:
+    """Whether passing a failpoint may have an effect: then a step may be split to put one inside."""
+    return fp is not _nothing
+
+
+
 try:
     from bop_failpoints import hit
 except ImportError:

@@ -70,7 +70,8 @@ class TaskScope:
 
 async def run_beside(main: Coroutine[Any, Any, T], companion: Coroutine[Any, Any, None]) -> T:
     """The result of `main`. If `companion` ends or fails first, `main` is cancelled and
-    the companion's error raised; when `main` ends, the companion is cancelled. Both are joined."""
+    the companion's error raised; when `main` ends, the companion is cancelled. Both are joined.
+    """
     loop = asyncio.get_running_loop()
     main_task, side_task = loop.create_task(main), loop.create_task(companion)
     both: set[asyncio.Task[Any]] = {main_task, side_task}
@@ -91,7 +92,8 @@ async def for_each(
     items: Iterable[S], function: Callable[[S], Coroutine[Any, Any, T]], *, limit: int
 ) -> list[T]:
     """Results in the order of `items`, at most `limit` at a time. The first error cancels the
-    others, waits for them, and is raised itself (not as a group)."""
+    others, waits for them, and is raised itself (not as a group).
+    """
     gate = asyncio.Semaphore(limit)
 
     async def one(item: S) -> T:

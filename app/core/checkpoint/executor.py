@@ -148,7 +148,8 @@ class CheckpointExecutor:
 
     async def abandon(self, hold: JobHold) -> tuple[tuple[Op, ...], dict[str, Any]]:
         """The job ends unpublished: nothing local stays, and what may be on the store is retired
-        in the commit that ends the job."""
+        in the commit that ends the job.
+        """
         await self._clean_up(hold)
         self._parts.events.warning("checkpoint.failed", **_fields(hold.job))
         return self._retire(hold.job), {"plan": None, "intents": ()}
@@ -233,8 +234,7 @@ class CheckpointExecutor:
         failpoints.fp("job.after_plan")
         tokens = receipt.results[: len(plan.actions)]
         return plan, tuple(
-            (action.chunk_id, token)
-            for action, token in zip(plan.actions, tokens, strict=True)
+            (action.chunk_id, token) for action, token in zip(plan.actions, tokens, strict=True)
         )
 
     def _decide(self, job: JobRecord) -> CheckpointPlan | None:
@@ -271,8 +271,8 @@ class CheckpointExecutor:
     async def _reserve(self, hold: JobHold, plan: CheckpointPlan) -> None:
         await hold.update(reason="checkpoint.reserving", changes={"stage": "reserving"})
         job = hold.job
-        self._reservations[job.job_id] = self._parts.quota.reserve(
-            tenant=job.tenant, job_id=job.job_id, bytes=plan.staged_bytes_max, drain=True
+        self._reservations[job.job_id] = await self._parts.quota.reserve(
+            tenant=job.tenant, job_id=job.job_id, size_bytes=plan.staged_bytes_max, drain=True
         )
         failpoints.fp("quota.after_reserve")
 
@@ -306,9 +306,7 @@ class CheckpointExecutor:
         if known and any(known[row.chunk_id].row.blob != row.blob for row in rows):
             raise StalePlan("Staging gave other bytes than before.")
         uploaded = {chunk_id for chunk_id, intent in known.items() if intent.uploaded}
-        intents = tuple(
-            BlobIntent(row=row, uploaded=row.chunk_id in uploaded) for row in rows
-        )
+        intents = tuple(BlobIntent(row=row, uploaded=row.chunk_id in uploaded) for row in rows)
         total_bytes = sum(_blob(row).bytes for row in rows)
         await hold.update(
             reason="checkpoint.staged",
@@ -318,9 +316,7 @@ class CheckpointExecutor:
                 "progress": _progress(intents, total_bytes=total_bytes),
             },
         )
-        parts.events.info(
-            "checkpoint.staged", chunks=len(rows), bytes=total_bytes, **_fields(job)
-        )
+        parts.events.info("checkpoint.staged", chunks=len(rows), bytes=total_bytes, **_fields(job))
         failpoints.fp("stage.after_intents")
 
     async def _upload(self, hold: JobHold) -> None:
@@ -363,7 +359,7 @@ class CheckpointExecutor:
         for action, intent in zip(plan.actions, hold.job.intents, strict=True):
             path = directory.file(staged_name(action))
             blob = _blob(intent.row)
-            await parts.hot_cache.admit_link(path, sha256=blob.sha256, bytes=blob.bytes)
+            await parts.hot_cache.admit_link(path, sha256=blob.sha256.hex(), size_bytes=blob.bytes)
         failpoints.fp("cleanup.after_links")
         await self._clean_up(hold)
         parts.events.info("checkpoint.cleaned_up", **_fields(hold.job))
@@ -459,9 +455,7 @@ class CheckpointExecutor:
     # --- ways out -----------------------------------------------------------------------------
 
     async def _replan(self, hold: JobHold, stale: Exception) -> None:
-        self._parts.events.warning(
-            "checkpoint.replanning", detail=str(stale), **_fields(hold.job)
-        )
+        self._parts.events.warning("checkpoint.replanning", detail=str(stale), **_fields(hold.job))
         await self._clean_up(hold)
         await hold.update(
             reason="checkpoint.replanning",

@@ -85,7 +85,8 @@ class GenerationDocument(msgspec.Struct, frozen=True, kw_only=True):
 
     def says_the_same_as(self, other: "GenerationDocument") -> bool:
         """True if both are the one publication. The descriptor's settings may have changed since
-        the first attempt to store it; the generation and its chunks cannot."""
+        the first attempt to store it; the generation and its chunks cannot.
+        """
         return self.generation == other.generation and self.chunks == other.chunks
 
 
@@ -182,9 +183,7 @@ def restored_rows(document: GenerationDocument) -> list[ChunkRecord]:
     ]
 
 
-def restored_database(
-    document: GenerationDocument, *, floor_lsn: int
-) -> DatabaseRecord:
+def restored_database(document: GenerationDocument, *, floor_lsn: int) -> DatabaseRecord:
     """The descriptor as of the document; LSNs go on at `floor_lsn`."""
     database, generation = document.database, document.generation
     return DatabaseRecord(

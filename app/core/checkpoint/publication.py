@@ -39,7 +39,8 @@ def publication_batch(
     remembered: Mapping[int, Sequence[RememberedAppend]],
 ) -> Publication:
     """Catalogue, WAL catalogue, generation, remembered appends and lease release, together with
-    what must still hold inside the transaction (I6)."""
+    what must still hold inside the transaction (I6).
+    """
     generation = GenerationRecord(
         db_id=plan.db_id,
         generation=plan.target_generation,

@@ -49,12 +49,11 @@ def stage_segment_blocking(
     scope: KeyScope,
 ) -> ChunkRecord:
     """Writes `target` and returns the row to publish. Raises DiskFull, or StalePlan where the
-    segment is not what was planned."""
+    segment is not what was planned.
+    """
     summary = source.summary
     if (summary.first_lsn, summary.last_lsn) != (action.first_lsn, action.last_lsn):
-        raise StalePlan(
-            "A WAL segment is not what was planned.", segment_id=action.segment_id
-        )
+        raise StalePlan("A WAL segment is not what was planned.", segment_id=action.segment_id)
     try:
         if plan.codec == "none":
             _link_or_copy(source.path, target)

@@ -34,9 +34,7 @@ class WalRelease:
             ops: tuple[Op, ...] = tuple(
                 RemoveSegment(db_id=db_id, segment_id=segment_id) for segment_id in removed
             )
-            await self._manifest.commit(
-                ManifestBatch(ops=ops, reason="wal.released", db_id=db_id)
-            )
+            await self._manifest.commit(ManifestBatch(ops=ops, reason="wal.released", db_id=db_id))
             self._events.info("wal.released", db_id=db_id, segments=len(removed))
         return len(removed)
 

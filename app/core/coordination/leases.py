@@ -9,7 +9,8 @@ async def keep_leases(
     manifest: ManifestStore, *, job_id: str, ttl_seconds: float, clock: Clock
 ) -> None:
     """Renews until cancelled. Raises LeaseLost when one expired or was released by force: an
-    expired lease is never renewed, and the publication would be refused all the same (I6)."""
+    expired lease is never renewed, and the publication would be refused all the same (I6).
+    """
     while True:
         await clock.sleep(ttl_seconds / 3)
         await manifest.commit(

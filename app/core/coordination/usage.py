@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Self
+from typing import Self, TypeAlias
 
 from app.core.base.errors import InvariantViolation
 
@@ -20,10 +20,11 @@ class UsageKind(Enum):
     HOT_CACHE = "hot_cache"
 
 
+Place: TypeAlias = tuple[UsageKind, str, str]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsageKey:
-    """An inode. Its number may be reused once the last link is gone: unlink, then discharge."""
-
     device: int
     inode: int
 
@@ -34,12 +35,21 @@ class UsageKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsageLink:
-    """One place where an inode is linked. `owner` is the directory's: a database, a job, or ""."""
+    """One name of an inode: the file `name` of `owner` (a database, a job, or "").
+
+    The name keeps a late discharge of a removed file apart from a new file that was given the
+    same inode number.
+    """
 
     kind: UsageKind
     owner: str
+    name: str
     tenant: str | None
     """Who pays beside the global budget; None for what belongs to no tenant."""
+
+    @property
+    def place(self) -> Place:
+        return self.kind, self.owner, self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +72,7 @@ class FoundInode:
 class _Inode:
     bytes: int
     changed: int
-    links: dict[tuple[UsageKind, str], UsageLink] = field(default_factory=dict)
+    links: dict[Place, UsageLink] = field(default_factory=dict)
 
     @property
     def payer(self) -> UsageLink:
@@ -90,21 +100,20 @@ class InodeLedger:
         inode = self._inodes.get(key)
         if inode is None:
             inode = self._inodes[key] = _Inode(bytes=0, changed=0)
-        else:
-            before = inode.payer
-            inode.links.setdefault((link.kind, link.owner), link)
-            assert inode.payer is before
-        inode.links.setdefault((link.kind, link.owner), link)
-        return self._resize(inode, size_bytes)
+        inode.links.setdefault(link.place, link)
+        self._touch(inode)
+        change = size_bytes - inode.bytes
+        inode.bytes = size_bytes
+        return self._pay(inode.payer, change)
 
-    def unlink(self, key: UsageKey, *, kind: UsageKind, owner: str) -> list[Payment]:
+    def unlink(self, key: UsageKey, place: Place) -> list[Payment]:
         """Forgets a link; one that is not known is no error, for removal is idempotent."""
         inode = self._inodes.get(key)
-        if inode is None or (kind, owner) not in inode.links:
+        if inode is None or place not in inode.links:
             return []
         self._touch(inode)
         before = inode.payer
-        del inode.links[kind, owner]
+        del inode.links[place]
         if not inode.links:
             del self._inodes[key]
             if self._watched_since is not None:
@@ -116,10 +125,13 @@ class InodeLedger:
 
     def unlink_owner(self, *, kind: UsageKind, owner: str) -> list[Payment]:
         """Forgets every link of a directory that is gone."""
-        keys = [key for key, inode in self._inodes.items() if (kind, owner) in inode.links]
-        return [
-            payment for key in keys for payment in self.unlink(key, kind=kind, owner=owner)
+        gone = [
+            (key, place)
+            for key, inode in self._inodes.items()
+            for place in inode.links
+            if place[:2] == (kind, owner)
         ]
+        return [payment for key, place in gone for payment in self.unlink(key, place)]
 
     # --- against what a listing found
 
@@ -141,18 +153,20 @@ class InodeLedger:
             if inode.changed > since:
                 continue
             seen = found.get(key)
-            links = () if seen is None else seen.links
-            true_links = {(link.kind, link.owner) for link in links}
+            places = set() if seen is None else {link.place for link in seen.links}
             for place, link in list(inode.links.items()):
-                if link.kind in kinds and place not in true_links:
+                if link.kind in kinds and place not in places:
                     yield key, link, None
         for key, seen in found.items():
             inode_now = self._inodes.get(key)
             if key in self._removed or (inode_now is not None and inode_now.changed > since):
                 continue
             for link in seen.links:
-                known = inode_now is not None and (link.kind, link.owner) in inode_now.links
-                if not known or (inode_now is not None and inode_now.bytes != seen.bytes):
+                if (
+                    inode_now is None
+                    or link.place not in inode_now.links
+                    or inode_now.bytes != seen.bytes
+                ):
                     yield key, link, seen.bytes
 
     def end_watch(self) -> None:
@@ -166,15 +180,9 @@ class InodeLedger:
         for inode in self._inodes.values():
             whole += inode.bytes
             tenant = inode.payer.tenant
-            if tenant is not None:
+            if tenant is not None and inode.bytes:
                 tenants[tenant] = tenants.get(tenant, 0) + inode.bytes
         return whole, tenants
-
-    def _resize(self, inode: _Inode, size_bytes: int) -> list[Payment]:
-        self._touch(inode)
-        change = size_bytes - inode.bytes
-        inode.bytes = size_bytes
-        return self._pay(inode.payer, change)
 
     def _touch(self, inode: _Inode) -> None:
         self._sequence += 1

@@ -73,7 +73,8 @@ class SegmentView:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerContext:
     """The manifest view and the WAL at one moment. `segments` are sealed and in LSN order; those
-    that a generation already covers are left out."""
+    that a generation already covers are left out.
+    """
 
     database: DatabaseRecord
     chunks: tuple[ChunkRecord, ...]

@@ -10,7 +10,8 @@ PLANNERS: dict[Engine, Planner] = {"append_only": append_only.plan_checkpoint}
 
 def plan_checkpoint(context: PlannerContext) -> CheckpointPlan | None:
     """Plans by the engine that the WAL segments name in their headers; all must agree with the
-    database. Raises InvariantViolation otherwise."""
+    database. Raises InvariantViolation otherwise.
+    """
     engine = context.database.engine
     if any(segment.engine != engine for segment in context.segments):
         raise InvariantViolation(

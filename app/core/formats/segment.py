@@ -12,6 +12,7 @@ The sparse index has one point, the entry's first LSN and offset, at least every
 """
 
 import struct
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
@@ -105,6 +106,7 @@ class SegmentSummary:
     payload_bytes: int
     index_points: int
     line_safe: bool
+    keyed: bool = False  # an entry carries an idempotency key
 
     @property
     def directory_bytes(self) -> int:
@@ -124,7 +126,7 @@ def pack_segment_header(header: SegmentHeader) -> bytes:
     return head + _CRC.pack(crc64(head))
 
 
-def parse_segment_header(data: bytes) -> SegmentHeader:
+def parse_segment_header(data: bytes | memoryview) -> SegmentHeader:
     """Raises Damage unless `data` begins with a whole, intact segment header."""
     if len(data) < SEGMENT_HEADER_BYTES:
         raise Damage("segment header is cut off", offset=0)
@@ -135,6 +137,8 @@ def parse_segment_header(data: bytes) -> SegmentHeader:
         raise Damage("not a segment of a known version", offset=0)
     if crc64(data[: SEGMENT_HEADER_BYTES - 8]) != stored:
         raise Damage("segment header fails its checksum", offset=0)
+    if engine not in (EngineCode.APPEND_ONLY, EngineCode.LIBSQL):
+        raise Damage("segment of an unknown engine", offset=0)
     return SegmentHeader(
         engine=EngineCode(engine), db_id=db_id, segment_id=segment_id,
         first_lsn=first_lsn, chunk_bytes=chunk_bytes,
@@ -228,11 +232,17 @@ class IndexBuilder:
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def array(self) -> IndexArray:
-        """Shape (points, 2), columns first LSN and file offset, both ascending."""
-        return np.column_stack(
-            (np.array(self._lsns, dtype="<u8"), np.array(self._offsets, dtype="<u8"))
-        ).reshape(-1, 2)
+    def array(self, *, end: int | None = None) -> IndexArray:
+        """Shape (points, 2), columns first LSN and file offset, both ascending; of the points
+        below the offset `end`, which another thread may be adding to.
+        """
+        count = len(self._offsets)
+        if end is not None:
+            count = bisect_left(self._offsets, end, hi=count)
+        points = np.empty((count, 2), dtype="<u8")
+        points[:, 0] = self._lsns[:count]
+        points[:, 1] = self._offsets[:count]
+        return points
 
 
 def pack_directory(summary: SegmentSummary, index: IndexArray) -> bytes:
@@ -240,7 +250,7 @@ def pack_directory(summary: SegmentSummary, index: IndexArray) -> bytes:
     body = np.ascontiguousarray(index, dtype="<u8").tobytes()
     assert len(index) == summary.index_points
     head = _TRAILER.pack(
-        TRAILER_MAGIC, VERSION, int(summary.line_safe), summary.index_points,
+        TRAILER_MAGIC, VERSION, summary.line_safe | summary.keyed << 1, summary.index_points,
         summary.db_id, summary.segment_id, summary.first_lsn, summary.last_lsn,
         summary.entries, summary.entries_end, summary.payload_bytes, 0, 0, 0,
     )[:-8]  # fmt: skip
@@ -259,7 +269,7 @@ def parse_trailer(data: bytes | memoryview) -> SegmentSummary:
     return SegmentSummary(
         db_id=db_id, segment_id=segment_id, first_lsn=first_lsn, last_lsn=last_lsn,
         entries=entries, entries_end=entries_end, payload_bytes=payload_bytes,
-        index_points=points, line_safe=bool(flags & 1),
+        index_points=points, line_safe=bool(flags & 1), keyed=bool(flags & 2),
     )  # fmt: skip
 
 

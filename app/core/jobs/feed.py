@@ -16,7 +16,7 @@ class JobFeed:
                 waiter.set_result(None)
 
     def subscribe(self, job_id: str) -> asyncio.Future[None]:
-        """A future that the next change resolves. Take it before reading, so that none is missed."""
+        """Resolved by the next change. Take it before reading, so that none is missed."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters[job_id].add(waiter)
         return waiter

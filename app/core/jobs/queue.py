@@ -10,7 +10,7 @@ Crash: rows survive; `load` makes in-flight jobs pending again at once.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import msgspec
@@ -94,21 +94,30 @@ class JobQueue:
                 self._events.info("job.resumed", **job_fields(job))
             self._add_pending(job)
 
-    async def enqueue(self, job: JobRecord, *, join: bool) -> JobRecord:
+    async def enqueue(
+        self, job: JobRecord, *, join: bool, remember: Callable[[JobRecord], Op] | None = None
+    ) -> JobRecord:
         """Adds a pending job, durably. With `join`, a pending job of that kind and database that
-        has not planned yet is answered instead. Raises Backpressure when too many wait."""
+        has not planned yet is answered instead. `remember` makes an op of what is answered, for
+        the same commit. Raises Backpressure when too many wait.
+        """
         lock = self._enqueueing.setdefault(job.db_id, asyncio.Lock())
         async with lock:
             if join and (joined := self._joinable(job)) is not None:
+                if remember is not None:
+                    await self._manifest.commit(
+                        ManifestBatch(ops=(remember(joined),), reason="job.joined")
+                    )
                 return joined
             if self.depth >= self._depth_max:
                 raise Backpressure(
                     "The job queue is full.", retry_after_seconds=5, queue_depth=self.depth
                 )
             failpoints.fp("job.before_enqueue")
-            await self._manifest.commit(
-                ManifestBatch(ops=(EnqueueJob(job=job),), reason="job.enqueued")
-            )
+            ops: tuple[Op, ...] = (EnqueueJob(job=job),)
+            if remember is not None:
+                ops = (*ops, remember(job))
+            await self._manifest.commit(ManifestBatch(ops=ops, reason="job.enqueued"))
             failpoints.fp("job.after_enqueue")
             self._add_pending(job)
         self._events.info("job.enqueued", **job_fields(job))
@@ -171,9 +180,7 @@ class JobQueue:
             ManifestBatch(
                 ops=(*ops, UpdateJob(job_id=job.job_id, changes=changes)),
                 preconditions=(
-                    ExpectRun(
-                        job_id=job.job_id, run=job.run, allow_cancelled=allow_cancelled
-                    ),
+                    ExpectRun(job_id=job.job_id, run=job.run, allow_cancelled=allow_cancelled),
                     *preconditions,
                 ),
                 reason=reason,

@@ -20,14 +20,16 @@ from app.core.base.errors import (
     FatalError,
     InternalError,
     JobCancelled,
+    ManifestBusy,
+    ManifestFull,
 )
 from app.core.base.events import Events
-from app.core.base.tasks import TaskScope
 from app.core.jobs.queue import JobQueue, job_fields
-from app.core.stores.manifest.errors import BatchRefused, CancelRequested
+from app.core.stores.manifest.errors import BatchRefused, CancelRequested, RunSuperseded
 from app.core.stores.manifest.ops import Op, Precondition, Receipt
 from app.core.stores.manifest.records import JobFailure, JobKind, JobRecord
 
+SETTLE_SECONDS = 1.0
 RETRYABLE = frozenset({ErrorKind.UNAVAILABLE, ErrorKind.EXHAUSTED, ErrorKind.BACKPRESSURE})
 
 
@@ -194,14 +196,16 @@ class JobRunner:
             "job.retrying", code=error.code, detail=str(error), delay_seconds=round(delay, 3),
             **job_fields(context.job),
         )  # fmt: skip
-        await context.update(
+        await self._settle(
+            context,
             reason="job.retrying",
             ops=ops,
             changes={
-                "state": "pending", "not_before_us": not_before_us, "error": failure_of(error),
+                "state": "pending",
+                "not_before_us": not_before_us,
+                "error": failure_of(error),
             },
-            allow_cancelled=True,
-        )  # fmt: skip
+        )
 
     async def _give_up(
         self, handler: JobHandler, context: JobContext, error: BopError, *, state: str
@@ -224,9 +228,24 @@ class JobRunner:
         ended = {"state": state, "stage": None, "finished_at_us": wall_us(self._clock)}
         if state == "completed":
             ended["error"] = None
-        await context.update(
-            reason=f"job.{state}", ops=ops, changes={**changes, **ended}, allow_cancelled=True
-        )
+        await self._settle(context, reason=f"job.{state}", ops=ops, changes={**changes, **ended})
+
+    async def _settle(
+        self, context: JobContext, *, reason: str, changes: dict[str, Any], ops: tuple[Op, ...]
+    ) -> None:
+        """Commits how the attempt ended, however long the manifest turns writes away."""
+        while True:
+            try:
+                await context.update(reason=reason, changes=changes, ops=ops, allow_cancelled=True)
+            except RunSuperseded as refused:
+                self._events.warning(
+                    "job.superseded", detail=str(refused), **job_fields(context.job)
+                )
+            except (ManifestBusy, ManifestFull) as refused:
+                self._events.error("job.unsettled", detail=str(refused), **job_fields(context.job))
+                await self._clock.sleep(SETTLE_SECONDS)
+                continue
+            return
 
 
 class _PastDeadline(DeadlineExceeded):
@@ -242,18 +261,3 @@ def failure_of(error: BopError) -> JobFailure:
     return JobFailure(
         kind=error.kind.value, code=error.code, title=error.title, detail=error.advice, fields=plain
     )
-
-
-class JobScope:
-    """Starts runners as tasks of one scope and keeps count of them."""
-
-    def __init__(self, runner: JobRunner, scope: TaskScope) -> None:
-        self._runner = runner
-        self._scope = scope
-
-    def start(self, job: JobRecord) -> None:
-        self._scope.start(self._runner.run(job), name=f"job.{job.job_id}")
-
-    @property
-    def running(self) -> int:
-        return len(self._scope)

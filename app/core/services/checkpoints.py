@@ -1,10 +1,13 @@
 """Checkpoints on demand."""
 
+from collections.abc import Callable
+
 from app.core.base.clock import Clock, Randomness, wall_us
 from app.core.base.errors import FeatureDisabled
 from app.core.base.ids import new_ulid
 from app.core.jobs.queue import JobQueue
 from app.core.services.directory import DatabaseDirectory
+from app.core.stores.manifest.ops import Op
 from app.core.stores.manifest.records import FeatureFlags, JobRecord
 from app.core.stores.manifest.store import ManifestStore
 
@@ -28,11 +31,19 @@ class Checkpoints:
         self._deadline_seconds = deadline_seconds
 
     async def trigger(
-        self, tenant: str, database: str, *, reason: str | None, principal: str
+        self,
+        tenant: str,
+        database: str,
+        *,
+        reason: str | None,
+        principal: str,
+        remember: Callable[[JobRecord], Op] | None = None,
     ) -> JobRecord:
         """A pending job that covers all that was acknowledged before this call: one that waits
-        and has not planned yet, or a new one. Raises DatabaseNotFound, FeatureDisabled,
-        Backpressure."""
+        and has not planned yet, or a new one. `remember` makes the op that stores the answer, in
+        the job's own commit. Raises DatabaseNotFound, FeatureDisabled,
+        Backpressure.
+        """
         record = self._directory.read(tenant, database)
         with self._manifest.read() as view:
             known = view.tenant(tenant)
@@ -55,4 +66,5 @@ class Checkpoints:
                 deadline_us=now + int(self._deadline_seconds * 1e6),
             ),
             join=True,
+            remember=remember,
         )

@@ -64,7 +64,8 @@ class Databases:
         self, tenant: str, name: str, spec: DatabaseSpec
     ) -> tuple[DatabaseStatus, bool]:
         """The database, and whether it is new. The same spec again gives the same database.
-        Raises DatabaseConflict where a given field differs, InvalidRequest for a bad size."""
+        Raises DatabaseConflict where a given field differs, InvalidRequest for a bad size.
+        """
         wanted = check_spec(spec)
         try:
             existing = self._directory.find(tenant, name)
@@ -113,7 +114,8 @@ class Databases:
         self, tenant: str, name: str, *, min_lsn: int, wait_seconds: float
     ) -> DurableStatus:
         """Answers as soon as the bucket alone can restore `min_lsn`, or when the time is over.
-        It forces nothing."""
+        It forces nothing.
+        """
         record = self._directory.read(tenant, name)
         try:
             async with asyncio.timeout(wait_seconds):
@@ -128,13 +130,12 @@ class Databases:
         except TimeoutError:
             record = self._directory.read(tenant, name)
         log = self._directory.log(record.db_id)
-        return DurableStatus(
-            durable_lsn=log.next_lsn - 1, checkpointed_lsn=record.checkpointed_lsn
-        )
+        return DurableStatus(durable_lsn=log.next_lsn - 1, checkpointed_lsn=record.checkpointed_lsn)
 
     async def acknowledge_loss(self, tenant: str, name: str) -> DatabaseStatus:
         """The operator accepts that unpublished WAL is lost; appends go on above every LSN that
-        was ever given out (I14). Without a loss nothing changes."""
+        was ever given out (I14). Without a loss nothing changes.
+        """
         record = self._directory.read(tenant, name)
         log = self._directory.log(record.db_id)
         if log.health == "wal_lost":

@@ -1,12 +1,12 @@
 """What an on-call engineer looks at."""
 
 from dataclasses import dataclass
-from typing import Any
 
-from app.core.coordination.quota import QuotaSnapshot, StorageQuota
+from app.core.coordination.quota import StorageQuota
+from app.core.coordination.quota_levels import QuotaSnapshot
 from app.core.services.fsck import Fsck, FsckReport
 from app.core.stores.manifest.records import ChangeRecord, JobRecord, LeaseRecord
-from app.core.stores.manifest.store import ManifestStore
+from app.core.stores.manifest.store import ManifestStats, ManifestStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +49,8 @@ class Debugging:
         with self._manifest.read() as view:
             return view.change_log(after_sequence=after, limit=limit)
 
-    def manifest_stats(self) -> dict[str, Any]:
-        return self._manifest.stats()
+    async def manifest_stats(self) -> ManifestStats:
+        return await self._manifest.stats()
 
     def quota(self) -> QuotaSnapshot:
         return self._quota.snapshot()

@@ -56,7 +56,8 @@ class DatabaseDirectory:
                         payload_bytes=append.payload_bytes,
                         appended_at_us=append.appended_at_us,
                     )
-                    for append in remembered
+                    for appends in remembered.values()
+                    for append in appends
                 ),
             ),
             tuple(catalog_segment(row) for row in rows),
@@ -66,7 +67,8 @@ class DatabaseDirectory:
 
     def find(self, tenant: str, name: str) -> DatabaseRecord:
         """The database's fixed properties (ids, engine, sizes), from memory where known; its
-        other fields may be old. Raises DatabaseNotFound."""
+        other fields may be old. Raises DatabaseNotFound.
+        """
         known = self._ids.get((tenant, name))
         if known is None:
             known = self.read(tenant, name)

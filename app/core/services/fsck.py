@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from app.core.base.errors import BopError
+from app.core.base.errors import BopError, InvariantViolation
 from app.core.base.tasks import BlockingPool, for_each
 from app.core.checkpoint.generation_document import build_document, decode_document
 from app.core.coordination.quota import StorageQuota
@@ -26,7 +26,7 @@ from app.core.stores.manifest.records import (
     LeaseRecord,
     WalSegmentRecord,
 )
-from app.core.stores.manifest.replay import catalogue_of, replay
+from app.core.stores.manifest.replay import Catalogue, replay
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.manifest.view import ManifestView
 from app.core.stores.remote.protocol import BlobMissing, RemoteStore
@@ -199,8 +199,10 @@ class Fsck:
     def _check_quota(self, notes: _Notes) -> None:
         if self._quota is None:
             return
-        for problem in self._quota.check():
-            notes.add("I9", "quota", problem)
+        try:
+            self._quota.check()
+        except InvariantViolation as violation:
+            notes.add("I9", "quota", str(violation))
         with self._manifest.read() as view:
             live = {job.job_id for job in view.unfinished_jobs()}
         for job in self._quota.snapshot().jobs:
@@ -215,8 +217,6 @@ def _load(view: ManifestView) -> _Manifest:
         after_sequence=changes[-1].sequence if changes else 0, limit=1000
     ):
         changes.extend(batch)
-    expected = replay(changes)
-    found = catalogue_of(view)
     return _Manifest(
         databases=databases,
         rows=[row for record in databases for row in view.chunk_rows(record.db_id)],
@@ -230,8 +230,25 @@ def _load(view: ManifestView) -> _Manifest:
         jobs=view.unfinished_jobs(),
         retired=view.gc_rows(limit=1_000_000),
         changes=changes,
-        differences=list(expected.differences(found)),
+        differences=_replay_differences(changes, view.catalogue()),
     )
+
+
+def _replay_differences(changes: list[ChangeRecord], found: Catalogue) -> list[str]:
+    """Where replaying the whole change log does not give the catalogue. A trimmed log has no
+    beginning to replay from."""
+    if changes and changes[0].sequence != 1:
+        return []
+    try:
+        expected = replay(changes)
+    except BopError as error:
+        return [str(error)]
+    return [
+        f"{name}[{key.hex()}]: {found[name].get(key)!r}, by the log {rows.get(key)!r}"
+        for name, rows in expected.items()
+        for key in rows.keys() | found[name].keys()
+        if rows.get(key) != found[name].get(key)
+    ]
 
 
 def _check_catalogue(seen: _Manifest, notes: _Notes) -> None:
@@ -304,6 +321,5 @@ def _check_changes(seen: _Manifest, notes: _Notes) -> None:
             if change.sequence != first + position:
                 notes.add("I14", f"change {change.sequence}", "the change log has a hole")
                 break
-    if not seen.changes or seen.changes[0].sequence == 1:
-        for difference in seen.differences:
-            notes.add("I14", "change log", difference)
+    for difference in seen.differences:
+        notes.add("I14", "change log", difference)

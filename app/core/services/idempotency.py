@@ -1,7 +1,8 @@
 """The same POST again gives the first answer again.
 
-Invariants: one effect per key (I7); an answer is remembered for 24 h, durably; a replay during the
-first waits for it. Failures that may pass (401, 429, 5xx, 507) are not remembered: the action
+Invariants: one effect per key (I7): the answer is stored in the commit that has the effect, where
+the action hands `Remember` on, so that a crash leaves both or neither. An answer is remembered for
+24 h; a replay during the first waits for it. Failures that may pass (401, 429, 5xx, 507) are not remembered: the action
 raises and nothing is stored. Cancellation: a caller that leaves does not undo the first's effect.
 """
 
@@ -25,6 +26,32 @@ class StoredAnswer:
     body: bytes
 
 
+class Remember:
+    """Turns an answer into the op that stores it, for the action's own commit."""
+
+    def __init__(self, *, scope_hash: bytes, body_hash: bytes, created_at_us: int) -> None:
+        self._scope_hash = scope_hash
+        self._body_hash = body_hash
+        self._created_at_us = created_at_us
+        self.used = False
+
+    def __call__(self, answer: StoredAnswer) -> PutIdempotency:
+        self.used = True
+        return PutIdempotency(
+            record=IdempotencyRecord(
+                scope_hash=self._scope_hash,
+                body_hash=self._body_hash,
+                created_at_us=self._created_at_us,
+                status=answer.status,
+                headers=answer.headers,
+                body=answer.body,
+            )
+        )
+
+
+Action = Callable[[Remember], Awaitable[StoredAnswer]]
+
+
 class Idempotency:
     def __init__(self, manifest: ManifestStore, *, clock: Clock) -> None:
         self._manifest = manifest
@@ -32,9 +59,7 @@ class Idempotency:
         self._running: dict[bytes, asyncio.Lock] = {}
         self._waiting: dict[bytes, int] = {}
 
-    async def run(
-        self, *, scope_hash: bytes, body_hash: bytes, action: Callable[[], Awaitable[StoredAnswer]]
-    ) -> StoredAnswer:
+    async def run(self, *, scope_hash: bytes, body_hash: bytes, action: Action) -> StoredAnswer:
         """`scope_hash` is of principal, route and key. Raises IdempotencyKeyReused."""
         lock = self._running.setdefault(scope_hash, asyncio.Lock())
         self._waiting[scope_hash] = self._waiting.get(scope_hash, 0) + 1
@@ -46,32 +71,18 @@ class Idempotency:
             if not self._waiting[scope_hash]:
                 del self._waiting[scope_hash], self._running[scope_hash]
 
-    async def _once(
-        self, scope_hash: bytes, body_hash: bytes, action: Callable[[], Awaitable[StoredAnswer]]
-    ) -> StoredAnswer:
+    async def _once(self, scope_hash: bytes, body_hash: bytes, action: Action) -> StoredAnswer:
         now = wall_us(self._clock)
         with self._manifest.read() as view:
             known = view.idempotency(scope_hash)
         if known is not None and now - known.created_at_us < REMEMBERED_US:
             if known.body_hash != body_hash:
-                raise IdempotencyKeyReused()
+                raise IdempotencyKeyReused
             return StoredAnswer(status=known.status, headers=known.headers, body=known.body)
-        answer = await action()
-        await self._manifest.commit(
-            ManifestBatch(
-                ops=(
-                    PutIdempotency(
-                        record=IdempotencyRecord(
-                            scope_hash=scope_hash,
-                            body_hash=body_hash,
-                            created_at_us=now,
-                            status=answer.status,
-                            headers=answer.headers,
-                            body=answer.body,
-                        )
-                    ),
-                ),
-                reason="idempotency.remembered",
+        remember = Remember(scope_hash=scope_hash, body_hash=body_hash, created_at_us=now)
+        answer = await action(remember)
+        if not remember.used:
+            await self._manifest.commit(
+                ManifestBatch(ops=(remember(answer),), reason="idempotency.remembered")
             )
-        )
         return answer

@@ -35,7 +35,8 @@ class Jobs:
 
     async def watch(self, job_id: str) -> AsyncIterator[JobRecord]:
         """The job now and after each change; ends with the one that ended. Changes that come
-        faster than they are taken are folded into one."""
+        faster than they are taken are folded into one.
+        """
         feed = self._queue.feed
         last: JobRecord | None = None
         while True:
@@ -76,5 +77,6 @@ class Jobs:
 
     async def cancel(self, job_id: str) -> JobRecord:
         """Asks the job to end; one in flight does so at its next step. Raises JobNotFound,
-        JobAlreadyEnded."""
+        JobAlreadyEnded.
+        """
         return await self._queue.request_cancel(job_id)

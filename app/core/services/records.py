@@ -33,12 +33,13 @@ class Records:
 
     def check_appendable(self, tenant: str, name: str) -> AppendLimits:
         """Before a body is read: is there anywhere to put it? Raises DatabaseNotFound,
-        WrongEngine, WalLost, CorruptWal."""
+        WrongEngine, WalLost, CorruptWal.
+        """
         record, log = self._directory.require(tenant, name, "append_only")
         if log.health == "wal_lost":
             raise WalLost(lost_from_lsn=log.lost_from_lsn)
         if log.health == "corrupt_wal":
-            raise CorruptWal()
+            raise CorruptWal
         return AppendLimits(min(self._record_bytes_max, record.chunk_bytes))
 
     async def append(
@@ -53,7 +54,8 @@ class Records:
     ) -> Appended:
         """Returns once the records are durable (I1), all of them or none. With a key, the same
         append again gives the first answer (`replayed`). Raises LsnMismatch,
-        IdempotencyKeyReused, DiskFull, Backpressure."""
+        IdempotencyKeyReused, DiskFull, Backpressure.
+        """
         _, log = self._directory.require(tenant, name, "append_only")
         return await log.append(
             AppendRequest(
@@ -78,7 +80,8 @@ class Records:
     ) -> RecordStream:
         """A stream of [from_lsn, to_lsn] up to a gap, to be closed by the caller. From beyond the
         newest record it is empty, after waiting up to `wait_seconds` for that record.
-        Raises LsnTruncated, NotLineRecords."""
+        Raises LsnTruncated, NotLineRecords.
+        """
         _, log = self._directory.require(tenant, name, "append_only")
         if wait_seconds > 0 and from_lsn >= log.next_lsn:
             try:

@@ -67,7 +67,8 @@ async def recover_databases(
     progress: Callable[[int, int], None],
 ) -> RecoverReport:
     """Raises StartRefused unless the manifest is empty; CorruptBlob for a damaged document.
-    `progress` is told (documents read, documents in all)."""
+    `progress` is told (documents read, documents in all).
+    """
     with manifest.read() as view:
         if view.all_databases():
             raise StartRefused(
@@ -136,7 +137,8 @@ async def _restore(
 
 def catalogue_rows(documents: Sequence[GenerationDocument]) -> list[ChunkRecord]:
     """Every row that the documents (of one database, in generation order) name, each valid until
-    the first later document that no longer has it. Pure."""
+    the first later document that no longer has it. Pure.
+    """
     rows: dict[tuple[int, int], ChunkRecord] = {}
     open_rows: set[tuple[int, int]] = set()
     for document in documents:

@@ -56,7 +56,8 @@ class PrefixClaim:
 
     async def attempt(self) -> bool:
         """One try. False if the store does not answer as it should; raises OwnershipLost or
-        StartRefused where the prefix is not ours to take."""
+        StartRefused where the prefix is not ours to take.
+        """
         try:
             await probe(self._remote, randomness=self._randomness)
             await self._refuse_second_history()
@@ -87,8 +88,6 @@ class PrefixClaim:
             if await self.attempt():
                 break
             await self._clock.sleep(
-                full_jitter(
-                    self._randomness, attempt=attempt, base_seconds=0.5, cap_seconds=10.0
-                )
+                full_jitter(self._randomness, attempt=attempt, base_seconds=0.5, cap_seconds=10.0)
             )
         await asyncio.get_running_loop().create_future()  # claimed for good; stays until cancelled

@@ -4,7 +4,7 @@ A batch is applied whole or not at all, in one LMDB transaction that it may shar
 Catalogue ops are also written to the change log, in order, in that same transaction.
 """
 
-from typing import Any
+from typing import Any, TypeAlias, get_args
 
 import msgspec
 
@@ -14,6 +14,7 @@ from app.core.stores.manifest.records import (
     ChunkRecord,
     Codec,
     DatabaseRecord,
+    DatabaseState,
     Engine,
     ForkParent,
     GenerationRecord,
@@ -21,6 +22,8 @@ from app.core.stores.manifest.records import (
     IdempotencyRecord,
     JobRecord,
     RememberedAppend,
+    Retention,
+    TenantRecord,
     WalSegmentRecord,
 )
 
@@ -106,6 +109,8 @@ class CoverSegment(Op, frozen=True, kw_only=True, tag=True):
 
 
 class RegisterSegment(Op, frozen=True, kw_only=True, tag=True):
+    """Registering an open segment again may only raise its ceiling."""
+
     row: WalSegmentRecord
 
 
@@ -144,24 +149,83 @@ class RaiseFloor(Op, frozen=True, kw_only=True, tag=True):
     floor_lsn: int
 
 
-CATALOGUE_OPS: tuple[type[Op], ...] = (
-    CreateDatabase,
-    RestoreDatabase,
-    UpsertChunk,
-    DeleteChunk,
-    SupersedeChunk,
-    UpsertChunkDelta,
-    DeleteChunkDelta,
-    SupersedeChunkDelta,
-    PublishGeneration,
-    CoverSegment,
-    RegisterSegment,
-    SealSegment,
-    RemoveSegment,
-    AdvanceCheckpointed,
-    SetHealth,
-    RaiseFloor,
+class RaiseFirstLsn(Op, frozen=True, kw_only=True, tag=True):
+    """A head truncation: LSNs below `first_lsn` are no longer readable. Never lowers it."""
+
+    db_id: int
+    first_lsn: int
+
+
+class SetDatabaseState(Op, frozen=True, kw_only=True, tag=True):
+    """`tombstoned` frees the name and is final."""
+
+    db_id: int
+    state: DatabaseState
+
+
+class SetRetention(Op, frozen=True, kw_only=True, tag=True):
+    db_id: int
+    retention: Retention
+
+
+class RemoveDatabase(Op, frozen=True, kw_only=True, tag=True):
+    """The last of a tombstoned database goes; its id is never given out again."""
+
+    db_id: int
+
+
+class RestoreGeneration(Op, frozen=True, kw_only=True, tag=True):
+    """Writes a generation's row as it is; `recover` and forks only."""
+
+    row: GenerationRecord
+
+
+class MarkVerified(Op, frozen=True, kw_only=True, tag=True):
+    db_id: int
+    generation: int
+    verified_at_us: int
+
+
+class DeleteGeneration(Op, frozen=True, kw_only=True, tag=True):
+    """An expired generation's row goes. Refused for the newest."""
+
+    db_id: int
+    generation: int
+
+
+CatalogueOp: TypeAlias = (
+    CreateDatabase
+    | RestoreDatabase
+    | UpsertChunk
+    | DeleteChunk
+    | SupersedeChunk
+    | UpsertChunkDelta
+    | DeleteChunkDelta
+    | SupersedeChunkDelta
+    | PublishGeneration
+    | CoverSegment
+    | RegisterSegment
+    | SealSegment
+    | RemoveSegment
+    | AdvanceCheckpointed
+    | SetHealth
+    | RaiseFloor
+    | RaiseFirstLsn
+    | SetDatabaseState
+    | SetRetention
+    | RemoveDatabase
+    | RestoreGeneration
+    | MarkVerified
+    | DeleteGeneration
 )
+CATALOGUE_OPS: tuple[type[Op], ...] = get_args(CatalogueOp)
+
+_catalogue_decoder: msgspec.msgpack.Decoder[CatalogueOp] = msgspec.msgpack.Decoder(CatalogueOp)
+
+
+def decode_op(raw: bytes | msgspec.Raw) -> CatalogueOp:
+    """One op of a change record. `CreateDatabase` is logged as the `RestoreDatabase` it came to."""
+    return _catalogue_decoder.decode(raw)
 
 
 # --- bookkeeping: not in the change log -------------------------------------------------------
@@ -207,6 +271,13 @@ class DropForeignLeases(Op, frozen=True, kw_only=True, tag=True):
     """At start: removes the leases of earlier processes. Result: how many."""
 
 
+class ReleaseLease(Op, frozen=True, kw_only=True, tag=True):
+    """Releases one chunk's lease, whoever holds it (an operator's act). Result: it was held."""
+
+    db_id: int
+    chunk_id: int
+
+
 class EnqueueJob(Op, frozen=True, kw_only=True, tag=True):
     """Adds a pending job and indexes it by (db_id, kind)."""
 
@@ -249,9 +320,47 @@ class UnretireBlob(Op, frozen=True, kw_only=True, tag=True):
     key: str
 
 
+class DoomBlob(Op, frozen=True, kw_only=True, tag=True):
+    """From this commit on no publication may name the key (I8). Refused unless it is retired."""
+
+    key: str
+
+
+class ForgetBlob(Op, frozen=True, kw_only=True, tag=True):
+    """The doomed object is gone from the store: so is its entry in the queue."""
+
+    key: str
+
+
+class PutTenant(Op, frozen=True, kw_only=True, tag=True):
+    row: TenantRecord
+
+
 class PutMeta(Op, frozen=True, kw_only=True, tag=True):
     name: str
     value: bytes
+
+
+BookkeepingOp: TypeAlias = (
+    RememberAppends
+    | ForgetAppends
+    | AcquireLease
+    | RenewLeases
+    | ReleaseLeases
+    | DropForeignLeases
+    | ReleaseLease
+    | EnqueueJob
+    | UpdateJob
+    | DeleteJob
+    | PutIdempotency
+    | DeleteIdempotency
+    | RetireBlob
+    | UnretireBlob
+    | DoomBlob
+    | ForgetBlob
+    | PutTenant
+    | PutMeta
+)
 
 
 # --- preconditions: checked inside the transaction, before the batch writes anything -----------

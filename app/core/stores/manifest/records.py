@@ -192,10 +192,11 @@ class ChangeRecord(Record, array_like=True, frozen=True, kw_only=True):
 
 
 class BlobIntent(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
-    """A key recorded before its upload, so that a failure knows what may lie on the store."""
+    """The row a job will publish, recorded before its blob's upload, so that a failure knows what
+    may lie on the store and a resumed job knows what it staged.
+    """
 
-    chunk_id: int
-    blob: BlobRef
+    row: ChunkRecord
     uploaded: bool = False
 
 

@@ -26,6 +26,21 @@ class RemoteThrottled(RemoteUnavailable):
     title = "The remote store asks for fewer requests"
 
 
+class RemoteMisconfigured(RemoteUnavailable):
+    """Credentials, permissions, the bucket's name or what the endpoint can do: trying again is of
+    no use until someone changes something, and the text says what.
+    """
+
+    title = "The remote store refuses what it is asked"
+    hint = "Correct the settings, credentials or permissions; the WAL goes on buffering."
+
+
+class UploadCorrupted(RemoteUnavailable):
+    """The store received other bytes than the checksum promised. Nothing was stored."""
+
+    title = "An upload arrived damaged"
+
+
 class BlobInfo(msgspec.Struct, frozen=True, kw_only=True):
     key: str
     bytes: int

@@ -1,0 +1,110 @@
+"""What every command that talks to a service shares: where it is, who asks, how to show."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import typer
+
+from app.cli.failures import HINTS, Failure, wrong_usage
+from app.cli.screen import Screen
+from app.core.base.clock import Clock, SystemClock
+from app.core.base.ids import is_name
+
+if TYPE_CHECKING:
+    import httpx
+
+    from app.client import BopClient, ClientError
+
+T = TypeVar("T")
+
+DEFAULT_URL = "http://127.0.0.1:8600"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a test puts in the place of the network and of time."""
+
+    transport: "httpx.AsyncBaseTransport | None" = None
+    clock: Clock | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    url: str
+    token: str | None
+    screen: Screen
+    surroundings: Surroundings
+
+    @property
+    def clock(self) -> Clock:
+        return self.surroundings.clock or SystemClock()
+
+    def run(self, work: "Callable[[BopClient], Awaitable[T]]") -> T:
+        """Runs `work` with a client of its own. Raises Failure for all that is expected."""
+        from app.client import BopClient, ClientError  # noqa: PLC0415 - 0.4 s that --help can do without
+
+        async def connected() -> T:
+            async with client:
+                return await work(client)
+
+        try:
+            client = BopClient(
+                self.url,
+                self.token,
+                transport=self.surroundings.transport,
+                clock=self.surroundings.clock,
+            )
+        except ValueError as error:
+            raise wrong_usage(f"--url: {error}.") from error
+        try:
+            return asyncio.run(connected())
+        except ClientError as error:
+            raise explained(error) from error
+
+
+def session_of(context: typer.Context) -> Session:
+    session = context.obj
+    assert isinstance(session, Session), "the root command makes the session"
+    return session
+
+
+def explained(error: "ClientError") -> Failure:
+    """What a client's error means for who typed the command."""
+    from app.client import ProblemError, ServiceUnreachable  # noqa: PLC0415 - see Session.run
+
+    match error:
+        case ProblemError():
+            return Failure(
+                error.detail or error.title,
+                hint=HINTS.get(error.code, ""),
+                code=error.code,
+                members={**error.extras, "status": error.status, "title": error.title},
+            )
+        case ServiceUnreachable():
+            return Failure(
+                f"No service answers at {error.url}: {error.reason}.",
+                hint="Start one with 'bop-checkpoint serve', or say where it is with --url "
+                "or BOP_URL.",
+                code="unreachable",
+                members={"url": error.url},
+            )
+        case _:
+            return Failure(f"{error}", code="unexpected_answer")
+
+
+def parse_name(text: str) -> tuple[str, str]:
+    """TENANT/DATABASE."""
+    tenant, slash, database = text.partition("/")
+    if not slash or not is_name(tenant) or not is_name(database):
+        raise typer.BadParameter(
+            f"{text!r} is not TENANT/DATABASE; names are a-z, 0-9, '.', '_' and '-', 63 at most."
+        )
+    return tenant, database
+
+
+def parse_tenant(text: str) -> str:
+    if not is_name(text):
+        raise typer.BadParameter(f"{text!r} is no tenant; names are a-z, 0-9, '.', '_' and '-'.")
+    return text

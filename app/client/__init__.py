@@ -1,0 +1,108 @@
+"""The async HTTP client that the command line and users share.
+
+    async with BopClient("http://127.0.0.1:8600") as client:
+        await client.databases.create("acme", "events", engine="append_only")
+        await client.records.append_many("acme", "events", [b"one", b"two"])
+        async for record in client.records.iter("acme", "events"):
+            print(record.lsn, record.data)
+
+Each group of methods speaks of one part of the contract. Every call is retried where that is
+safe; what still fails is a ClientError.
+"""
+
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from app.client.calls import Calls, RetryPolicy, Timeouts
+from app.client.databases import Databases
+from app.client.failures import (
+    ClientError,
+    ProblemError,
+    ServiceUnreachable,
+    StreamBroken,
+    UnexpectedAnswer,
+)
+from app.client.jobs import Checkpoints, Jobs
+from app.client.operations import Operations
+from app.client.records import Record, RecordBatch, Records
+from app.core.base.clock import Clock, Randomness, SystemClock, SystemRandomness
+
+__all__ = [
+    "BopClient",
+    "ClientError",
+    "ProblemError",
+    "Record",
+    "RecordBatch",
+    "RetryPolicy",
+    "ServiceUnreachable",
+    "StreamBroken",
+    "Timeouts",
+    "UnexpectedAnswer",
+]
+
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+class BopClient:
+    """`transport` replaces the network; clock and randomness decide waits and keys."""
+
+    def __init__(
+        self,
+        base_url: str,
+        token: str | None = None,
+        *,
+        retry: RetryPolicy | None = None,
+        timeouts: Timeouts | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        clock: Clock | None = None,
+        randomness: Randomness | None = None,
+    ) -> None:
+        """Raises ValueError for a URL that is none."""
+        url = checked_url(base_url)
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            headers={} if token is None else {"Authorization": f"Bearer {token}"},
+            transport=transport,
+            # a proxy of the environment never stands between a host and its own loopback
+            trust_env=url.host not in _LOOPBACK,
+        )
+        calls = Calls(
+            self._http,
+            clock=clock or SystemClock(),
+            randomness=randomness or SystemRandomness(),
+            retry=retry or RetryPolicy(),
+            timeouts=timeouts or Timeouts(),
+        )
+        self.databases = Databases(calls)
+        self.records = Records(calls, self.databases)
+        self.checkpoints = Checkpoints(calls)
+        self.jobs = Jobs(calls)
+        self.operations = Operations(calls)
+
+    async def __aenter__(self) -> Self:
+        await self._http.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+
+def checked_url(text: str) -> httpx.URL:
+    """Raises ValueError."""
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"{text!r} is not a URL: {error}") from error
+    if url.scheme not in {"http", "https"} or not url.host:
+        raise ValueError(f"{text!r} is not a URL like http://127.0.0.1:8600")
+    return url

@@ -1,0 +1,197 @@
+"""The manifest's tables: their names, their keys, what a row holds.
+
+Keys are big-endian, so that LMDB's byte order is the order of the numbers. Everything here is
+pure. Index tables hold no facts of their own; the ops that write a row keep its index right.
+"""
+
+import hashlib
+from struct import Struct
+from typing import Any, Generic, TypeVar
+
+from app.core.stores.manifest.encoding import AppendsCodec, BytesCodec, Codec, RecordCodec
+from app.core.stores.manifest.records import (
+    ChangeRecord,
+    ChunkDeltaRecord,
+    ChunkRecord,
+    DatabaseRecord,
+    GcRecord,
+    GenerationRecord,
+    IdempotencyRecord,
+    JobKind,
+    JobRecord,
+    LeaseRecord,
+    RememberedAppend,
+    TenantRecord,
+    WalSegmentRecord,
+)
+
+V = TypeVar("V")
+
+KEY_BYTES_MAX = 511  # LMDB's limit as it is built by default
+_JOINED_KEY_BYTES_MAX = 480
+
+_u64 = Struct(">Q").pack
+_two = Struct(">QQ").pack
+_three = Struct(">QQQ").pack
+_unpack_u64 = Struct(">Q").unpack
+
+
+class Table(Generic[V]):
+    """One sub-database. Compared by identity; the name is what LMDB knows it by."""
+
+    __slots__ = ("codec", "name", "stored_name")
+
+    def __init__(self, name: str, codec: Codec[V]) -> None:
+        self.name = name
+        self.stored_name = name.encode()
+        self.codec = codec
+
+    def __repr__(self) -> str:
+        return f"Table({self.name})"
+
+
+SCHEMA: Table[bytes] = Table("schema", BytesCodec())
+TENANTS = Table("tenants", RecordCodec(TenantRecord))
+DATABASES = Table("databases", RecordCodec(DatabaseRecord))
+DATABASE_NAMES: Table[bytes] = Table("database_names", BytesCodec())
+SEGMENTS = Table("wal_catalog", RecordCodec(WalSegmentRecord))
+CHUNKS = Table("chunk_catalog", RecordCodec(ChunkRecord))
+DELTAS = Table("chunk_delta_index", RecordCodec(ChunkDeltaRecord))
+GENERATIONS = Table("generations", RecordCodec(GenerationRecord))
+SNAPSHOTS: Table[bytes] = Table("snapshot_index", BytesCodec())
+FORKS: Table[bytes] = Table("forks", BytesCodec())
+CHANGE_LOG = Table("change_log", RecordCodec(ChangeRecord))
+CHANGE_CURSORS: Table[bytes] = Table("change_cursors", BytesCodec())
+JOBS = Table("job_queue", RecordCodec(JobRecord))
+JOBS_PENDING: Table[bytes] = Table("job_pending_index", BytesCodec())
+JOBS_UNFINISHED: Table[bytes] = Table("job_unfinished_index", BytesCodec())
+IDEMPOTENCY = Table("idempotency_keys", RecordCodec(IdempotencyRecord))
+REMEMBERED: Table[tuple[RememberedAppend, ...]] = Table(
+    "remembered_appends", AppendsCodec(tuple[RememberedAppend, ...])
+)
+LEASES = Table("chunk_leases", RecordCodec(LeaseRecord))
+LEASES_BY_JOB: Table[bytes] = Table("chunk_lease_job_index", BytesCodec())
+GC_QUEUE = Table("gc_queue", RecordCodec(GcRecord))
+GC_KEYS: Table[bytes] = Table("gc_key_index", BytesCodec())
+APPROVALS: Table[bytes] = Table("approvals", BytesCodec())
+AUDIT_LOG: Table[bytes] = Table("audit_log", BytesCodec())
+VERIFICATION: Table[bytes] = Table("verification", BytesCodec())
+
+TABLES: tuple[Table[Any], ...] = (
+    SCHEMA,
+    TENANTS,
+    DATABASES,
+    DATABASE_NAMES,
+    SEGMENTS,
+    CHUNKS,
+    DELTAS,
+    GENERATIONS,
+    SNAPSHOTS,
+    FORKS,
+    CHANGE_LOG,
+    CHANGE_CURSORS,
+    JOBS,
+    JOBS_PENDING,
+    JOBS_UNFINISHED,
+    IDEMPOTENCY,
+    REMEMBERED,
+    LEASES,
+    LEASES_BY_JOB,
+    GC_QUEUE,
+    GC_KEYS,
+    APPROVALS,
+    AUDIT_LOG,
+    VERIFICATION,
+)
+
+CATALOGUE_TABLES: tuple[Table[Any], ...] = (
+    DATABASES,
+    DATABASE_NAMES,
+    SEGMENTS,
+    CHUNKS,
+    DELTAS,
+    GENERATIONS,
+)
+"""What replaying the change log gives (I14)."""
+
+# --- keys of `schema`
+
+CHANGE_SEQUENCE = b"counter/change_sequence"
+DATABASE_IDS = b"counter/database_id"
+LEASE_TOKENS = b"counter/lease_token"
+GC_SEQUENCE = b"counter/gc_sequence"
+META_PREFIX = b"meta/"
+LEDGER_PREFIX = b"migration/"
+
+
+def meta_key(name: str) -> bytes:
+    return META_PREFIX + name.encode()
+
+
+def ledger_key(number: int) -> bytes:
+    return LEDGER_PREFIX + b"%04d" % number
+
+
+# --- keys of the other tables
+
+
+def number_key(number: int) -> bytes:
+    """`databases`, `change_log`."""
+    return _u64(number)
+
+
+def number_of(raw: bytes) -> int:
+    value: int = _unpack_u64(raw)[0]
+    return value
+
+
+def name_key(tenant: str, name: str) -> bytes:
+    return f"{tenant}/{name}".encode()
+
+
+def segment_key(db_id: int, segment_id: int) -> bytes:
+    """`wal_catalog`, `remembered_appends`."""
+    return _two(db_id, segment_id)
+
+
+def generation_key(db_id: int, generation: int) -> bytes:
+    return _two(db_id, generation)
+
+
+def chunk_prefix(db_id: int, chunk_id: int) -> bytes:
+    """Also the key of `chunk_leases`."""
+    return _two(db_id, chunk_id)
+
+
+def chunk_row_key(db_id: int, chunk_id: int, generation: int) -> bytes:
+    """`chunk_catalog`, `chunk_delta_index`."""
+    return _three(db_id, chunk_id, generation)
+
+
+def pending_key(db_id: int, kind: JobKind, job_id: str) -> bytes:
+    return pending_prefix(db_id, kind) + job_id.encode()
+
+
+def pending_prefix(db_id: int, kind: JobKind) -> bytes:
+    return _u64(db_id) + kind.encode() + b"/"
+
+
+def job_lease_key(job_id: str, db_id: int, chunk_id: int) -> bytes:
+    """Its tail is the lease's own key."""
+    return job_lease_prefix(job_id) + _two(db_id, chunk_id)
+
+
+def job_lease_prefix(job_id: str) -> bytes:
+    return job_id.encode() + b"/"
+
+
+def gc_row_key(eligible_at_us: int, sequence: int) -> bytes:
+    return _two(eligible_at_us, sequence)
+
+
+def blob_key(key: str) -> bytes:
+    """An object key; one that LMDB could not hold is known by its hash."""
+    raw = key.encode()
+    if len(raw) <= _JOINED_KEY_BYTES_MAX:
+        return raw
+    return b"sha256:" + hashlib.sha256(raw).digest()

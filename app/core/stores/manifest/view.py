@@ -1,0 +1,300 @@
+"""The manifest at one moment: typed reads within one short read transaction.
+
+Everything given out is copied; nothing refers to the map. A view belongs to one step of the event
+loop, or to one function on a worker thread, and is never kept across an `await`.
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
+from itertools import islice
+from typing import Any, TypeVar
+
+from app.core.stores.manifest.records import (
+    ChangeRecord,
+    ChunkDeltaRecord,
+    ChunkRecord,
+    DatabaseRecord,
+    GcRecord,
+    GenerationRecord,
+    IdempotencyRecord,
+    JobKind,
+    JobRecord,
+    JobState,
+    LeaseRecord,
+    RememberedAppend,
+    TenantRecord,
+    WalSegmentRecord,
+)
+from app.core.stores.manifest.rows import CommittedRows
+from app.core.stores.manifest.tables import (
+    CATALOGUE_TABLES,
+    CHANGE_LOG,
+    CHANGE_SEQUENCE,
+    CHUNKS,
+    DATABASE_NAMES,
+    DATABASES,
+    DELTAS,
+    GC_KEYS,
+    GC_QUEUE,
+    GENERATIONS,
+    IDEMPOTENCY,
+    JOBS,
+    JOBS_PENDING,
+    JOBS_UNFINISHED,
+    LEASES,
+    LEASES_BY_JOB,
+    REMEMBERED,
+    SCHEMA,
+    SEGMENTS,
+    TABLES,
+    TENANTS,
+    Table,
+    blob_key,
+    chunk_prefix,
+    generation_key,
+    job_lease_prefix,
+    meta_key,
+    name_key,
+    number_key,
+    number_of,
+    pending_prefix,
+)
+
+V = TypeVar("V")
+
+
+class ManifestView:
+    def __init__(self, access: AbstractContextManager[CommittedRows]) -> None:
+        self._access = access
+
+    # --- the manifest itself, tenants
+
+    def meta(self, name: str) -> bytes | None:
+        return self._get(SCHEMA, meta_key(name))
+
+    def tenant(self, tenant: str) -> TenantRecord | None:
+        return self._get(TENANTS, tenant.encode())
+
+    def tenants(self) -> list[TenantRecord]:
+        return self._all(TENANTS)
+
+    def counts(self) -> dict[str, int]:
+        """Rows per table."""
+        with self._access as rows:
+            return {table.name: rows.entries(table) for table in TABLES}
+
+    def pages(self) -> int:
+        """LMDB pages that hold the tables."""
+        with self._access as rows:
+            return sum(rows.pages(table) for table in TABLES)
+
+    # --- databases
+
+    def database(self, db_id: int) -> DatabaseRecord | None:
+        """Tombstoned ones too."""
+        return self._get(DATABASES, number_key(db_id))
+
+    def database_id(self, tenant: str, name: str) -> int | None:
+        raw = self._get(DATABASE_NAMES, name_key(tenant, name))
+        return None if raw is None else number_of(raw)
+
+    def databases(
+        self, tenant: str | None = None, after_name: str | None = None, *, limit: int = 1000
+    ) -> list[DatabaseRecord]:
+        """Named ones, in the order of tenant and name. `after_name` is a name, or `tenant/name`
+        where all tenants are listed.
+        """
+        prefix = b"" if tenant is None else name_key(tenant, "")
+        start = prefix
+        if after_name is not None:
+            start = prefix + after_name.encode() + b"\0"
+        found = []
+        with self._access as rows:
+            for _, raw in islice(rows.scan(DATABASE_NAMES, prefix, start=start), limit):
+                if (database := rows.get(DATABASES, raw)) is not None:
+                    found.append(database)
+        return found
+
+    def all_databases(self) -> list[DatabaseRecord]:
+        """By db_id; tombstoned ones too."""
+        return self._all(DATABASES)
+
+    # --- catalogues
+
+    def segments(self, db_id: int) -> list[WalSegmentRecord]:
+        return self._all(SEGMENTS, number_key(db_id))
+
+    def all_segments(self) -> list[WalSegmentRecord]:
+        return self._all(SEGMENTS)
+
+    def chunk_rows(self, db_id: int) -> list[ChunkRecord]:
+        """Every row, whatever its validity, by chunk and generation."""
+        return self._all(CHUNKS, number_key(db_id))
+
+    def chunk_rows_of(self, db_id: int, chunk_id: int) -> list[ChunkRecord]:
+        return self._all(CHUNKS, chunk_prefix(db_id, chunk_id))
+
+    def chunk_view(self, db_id: int, generation: int) -> list[ChunkRecord]:
+        """The base rows valid at the generation, by chunk; drops left out."""
+        with self._access as rows:
+            return [
+                row
+                for _, row in rows.scan(CHUNKS, number_key(db_id))
+                if row.blob is not None and _valid_at(row, generation)
+            ]
+
+    def delta_rows(self, db_id: int) -> list[ChunkDeltaRecord]:
+        return self._all(DELTAS, number_key(db_id))
+
+    def delta_rows_of(self, db_id: int, chunk_id: int) -> list[ChunkDeltaRecord]:
+        return self._all(DELTAS, chunk_prefix(db_id, chunk_id))
+
+    def delta_view(self, db_id: int, generation: int) -> list[ChunkDeltaRecord]:
+        """The deltas valid at the generation, by chunk, oldest first."""
+        with self._access as rows:
+            return [
+                row for _, row in rows.scan(DELTAS, number_key(db_id)) if _valid_at(row, generation)
+            ]
+
+    def generation(self, db_id: int, generation: int) -> GenerationRecord | None:
+        return self._get(GENERATIONS, generation_key(db_id, generation))
+
+    def latest_generation(self, db_id: int) -> GenerationRecord | None:
+        with self._access as rows:
+            newest = next(rows.scan_back(GENERATIONS, number_key(db_id)), None)
+        return None if newest is None else newest[1]
+
+    def generations(
+        self, db_id: int, after: int | None = None, *, limit: int = 1000
+    ) -> list[GenerationRecord]:
+        """Ascending, those above `after`."""
+        start = b"" if after is None else generation_key(db_id, after + 1)
+        return self._some(GENERATIONS, number_key(db_id), start=start, limit=limit)
+
+    def remembered_appends(self, db_id: int) -> dict[int, tuple[RememberedAppend, ...]]:
+        """By segment."""
+        prefix = number_key(db_id)
+        with self._access as rows:
+            return {
+                number_of(key[len(prefix) :]): appends
+                for key, appends in rows.scan(REMEMBERED, prefix)
+            }
+
+    # --- leases, jobs, idempotency
+
+    def lease(self, db_id: int, chunk_id: int) -> LeaseRecord | None:
+        return self._get(LEASES, chunk_prefix(db_id, chunk_id))
+
+    def leases(self) -> list[LeaseRecord]:
+        return self._all(LEASES)
+
+    def job_leases(self, job_id: str) -> list[LeaseRecord]:
+        prefix = job_lease_prefix(job_id)
+        with self._access as rows:
+            keys = [key[len(prefix) :] for key in rows.scan_keys(LEASES_BY_JOB, prefix)]
+            return [lease for key in keys if (lease := rows.get(LEASES, key)) is not None]
+
+    def job(self, job_id: str) -> JobRecord | None:
+        return self._get(JOBS, job_id.encode())
+
+    def jobs(
+        self,
+        *,
+        kinds: Collection[JobKind] | None = None,
+        tenant: str | None = None,
+        database: str | None = None,
+        states: Collection[JobState] | None = None,
+        tenants: Collection[str] | None = None,
+        after: str | None = None,
+        limit: int = 1000,
+    ) -> list[JobRecord]:
+        """Newest first; those older than the job `after`."""
+
+        def wanted(job: JobRecord) -> bool:
+            return (
+                (kinds is None or job.kind in kinds)
+                and (tenant is None or job.tenant == tenant)
+                and (tenants is None or job.tenant in tenants)
+                and (database is None or job.database == database)
+                and (states is None or job.state in states)
+            )
+
+        before = None if after is None else after.encode()
+        with self._access as rows:
+            found = (job for _, job in rows.scan_back(JOBS, before=before) if wanted(job))
+            return list(islice(found, limit))
+
+    def unfinished_jobs(self) -> list[JobRecord]:
+        """Pending and in flight, oldest first."""
+        with self._access as rows:
+            keys = list(rows.scan_keys(JOBS_UNFINISHED))
+            return [job for key in keys if (job := rows.get(JOBS, key)) is not None]
+
+    def pending_jobs(self, db_id: int, kind: JobKind) -> list[JobRecord]:
+        """Oldest first."""
+        prefix = pending_prefix(db_id, kind)
+        with self._access as rows:
+            keys = [key[len(prefix) :] for key in rows.scan_keys(JOBS_PENDING, prefix)]
+            return [job for key in keys if (job := rows.get(JOBS, key)) is not None]
+
+    def pending_job(self, db_id: int, kind: JobKind) -> JobRecord | None:
+        """The newest pending one. It may be a retry that has planned already (`plan`)."""
+        pending = self.pending_jobs(db_id, kind)
+        return pending[-1] if pending else None
+
+    def idempotency(self, scope_hash: bytes) -> IdempotencyRecord | None:
+        return self._get(IDEMPOTENCY, scope_hash)
+
+    def idempotency_rows(self) -> list[IdempotencyRecord]:
+        return self._all(IDEMPOTENCY)
+
+    # --- collection, change log
+
+    def gc_rows(self, limit: int = 1000) -> list[GcRecord]:
+        """In the order in which they become eligible."""
+        return self._some(GC_QUEUE, limit=limit)
+
+    def gc_row(self, key: str) -> GcRecord | None:
+        with self._access as rows:
+            position = rows.get(GC_KEYS, blob_key(key))
+            return None if position is None else rows.get(GC_QUEUE, position)
+
+    def is_doomed(self, key: str) -> bool:
+        row = self.gc_row(key)
+        return row is not None and row.doomed
+
+    def change_log(self, after_sequence: int = 0, *, limit: int = 1000) -> list[ChangeRecord]:
+        return self._some(CHANGE_LOG, start=number_key(after_sequence + 1), limit=limit)
+
+    def last_sequence(self) -> int:
+        raw = self._get(SCHEMA, CHANGE_SEQUENCE)
+        return 0 if raw is None else number_of(raw)
+
+    def catalogue(self) -> dict[str, dict[bytes, Any]]:
+        """All of the catalogue's tables, as `replay` gives them: for fsck."""
+        with self._access as rows:
+            return {table.name: dict(rows.scan(table)) for table in CATALOGUE_TABLES}
+
+    # ---
+
+    def _get(self, table: Table[V], key: bytes) -> V | None:
+        with self._access as rows:
+            return rows.get(table, key)
+
+    def _all(self, table: Table[V], prefix: bytes = b"") -> list[V]:
+        with self._access as rows:
+            return [row for _, row in rows.scan(table, prefix)]
+
+    def _some(
+        self, table: Table[V], prefix: bytes = b"", *, start: bytes = b"", limit: int
+    ) -> list[V]:
+        with self._access as rows:
+            found: Iterator[tuple[bytes, V]] = rows.scan(table, prefix, start=start)
+            return [row for _, row in islice(found, limit)]
+
+
+def _valid_at(row: ChunkRecord | ChunkDeltaRecord, generation: int) -> bool:
+    """Valid in [generation, superseded_at)."""
+    return row.generation <= generation and (
+        row.superseded_at is None or generation < row.superseded_at
+    )

@@ -1,0 +1,147 @@
+"""Segments as the rest of the house and the log itself see them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from app.core.formats.segment import (
+    SEGMENT_HEADER_BYTES,
+    EngineCode,
+    IndexArray,
+    IndexBuilder,
+    SegmentSummary,
+)
+from app.core.stores.wal.remembered import RememberedAppend
+
+SegmentState = Literal["open", "sealed", "checkpointed"]
+
+_ENGINE_NAMES: dict[EngineCode, Literal["append_only", "libsql"]] = {
+    EngineCode.APPEND_ONLY: "append_only",
+    EngineCode.LIBSQL: "libsql",
+}
+
+
+def segment_name(segment_id: int) -> str:
+    return f"{segment_id:016d}.wal"
+
+
+def segment_id_of(name: str) -> int | None:
+    stem = name.removesuffix(".wal")
+    return int(stem) if stem != name and len(stem) == 16 and stem.isdecimal() else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogSegment:
+    """A row of the manifest's wal_catalog. `ceiling_lsn` is exclusive."""
+
+    segment_id: int
+    first_lsn: int
+    ceiling_lsn: int
+    state: SegmentState
+    last_lsn: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    db_id: int
+    engine: EngineCode
+    chunk_bytes: int
+    floor_lsn: int
+    remembered: Sequence[RememberedAppend] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentInfo:
+    """A sealed segment: its file never changes again."""
+
+    db_id: int
+    segment_id: int
+    engine: EngineCode
+    path: Path
+    first_lsn: int
+    last_lsn: int
+    entries: int
+    entries_end: int
+    payload_bytes: int
+    file_bytes: int
+    line_safe: bool
+    index: IndexArray
+    state: SegmentState
+    summary: SegmentSummary
+
+    @property
+    def engine_name(self) -> Literal["append_only", "libsql"]:
+        return _ENGINE_NAMES[self.engine]
+
+
+class SegmentCatalog(Protocol):
+    """The durable list of segments (the manifest). Called on writer threads.
+
+    An error that is no FatalError says that nothing was written.
+    """
+
+    def register_blocking(
+        self, *, db_id: int, segment_id: int, first_lsn: int, ceiling_lsn: int
+    ) -> None: ...
+
+    def seal_blocking(self, info: SegmentInfo) -> None:
+        """Said again with the same values it changes nothing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentMarks:
+    """How far a segment is filled, always up to the end of an entry."""
+
+    entries_end: int = SEGMENT_HEADER_BYTES
+    next_lsn: int
+    entries: int = 0
+    payload_bytes: int = 0
+    line_safe: bool = True
+    keyed: bool = False
+
+
+class Segment:
+    """One segment of a log.
+
+    `written`, `index`, `fd` and the sealing flags belong to the one writer thread that is at work
+    on the log; `durable`, `info` and `pins` to the event loop. `written` runs ahead of `durable`
+    for the moment between an fdatasync and its acknowledgement.
+    """
+
+    __slots__ = (
+        "durable", "fd", "file_sealed", "first_lsn", "index", "info", "path", "pins",
+        "segment_id", "written",
+    )  # fmt: skip
+
+    def __init__(
+        self, *, segment_id: int, path: Path, first_lsn: int, marks: SegmentMarks | None = None
+    ) -> None:
+        self.segment_id = segment_id
+        self.path = path
+        self.first_lsn = first_lsn
+        self.written = self.durable = marks or SegmentMarks(next_lsn=first_lsn)
+        self.index = IndexBuilder()
+        self.fd: int | None = None
+        self.file_sealed: SegmentInfo | None = None
+        """Set once the trailer is durable; the catalogue's row may yet have to follow."""
+        self.info: SegmentInfo | None = None
+        self.pins = 0
+
+    @property
+    def file_bytes(self) -> int:
+        return self.info.file_bytes if self.info is not None else self.durable.entries_end
+
+    @property
+    def durable_last_lsn(self) -> int:
+        return self.durable.next_lsn - 1
+
+    def durable_index(self) -> IndexArray:
+        if self.info is not None:
+            return self.info.index
+        return self.index.array(end=self.durable.entries_end)
+
+    def __repr__(self) -> str:
+        state = self.info.state if self.info else "open"
+        return f"<Segment {self.segment_id} {state} [{self.first_lsn}, {self.durable.next_lsn})>"

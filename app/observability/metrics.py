@@ -1,0 +1,281 @@
+"""Metrics: events in, Prometheus out, under the plan's names.
+
+Label sets are made at the start, so that a counter that has seen nothing shows zero. Tenants are
+never labels: their number is not bounded.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import choose_encoder
+
+from app.core.base.events import Level
+
+TIERS = ("wal", "page_cache", "local", "remote")
+CHECKPOINT_OUTCOMES = ("published", "no_changes", "failed", "cancelled")
+REMOTE_OPS = (
+    "put_blob",
+    "get_blob",
+    "head_blob",
+    "delete_blobs",
+    "list_blobs",
+    "put_if_absent",
+    "put_if_match",
+)
+REMOTE_OUTCOMES = ("ok", "error")
+READ_MODES = ("normal", "cold")
+
+_FAST_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5)
+_SLOW_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
+_HTTP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_CHAIN = (0, 1, 2, 3, 4, 6, 8, 12)
+_RATIO = (0.5, 0.75, 1, 1.25, 1.5, 2, 3, 5, 10, 25, 50, 100)
+
+Fields = Mapping[str, object]
+
+
+class Metrics:
+    """One registry, fed by events (`sink`), by the edge (`on_answer`) and at scrape time (`watch`)."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._http_children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._catalogue()
+        self._handlers: Mapping[str, Callable[[Fields], None]] = {
+            "checkpoint.completed": self._on_checkpoint_completed,
+            "checkpoint.published": self._on_checkpoint_published,
+            "checkpoint.unchanged": lambda _: self._ended("no_changes"),
+            "job.failed": lambda fields: self._on_job_ended("failed", fields),
+            "job.cancelled": lambda fields: self._on_job_ended("cancelled", fields),
+            "job.retrying": self._on_job_retrying,
+            "quota.exhausted": lambda _: self.storage_quota_exhausted_total.inc(),
+            "page.fetched": self._on_page_fetched,
+            "remote.requested": self._on_remote_requested,
+            "manifest.committed": self._on_manifest_committed,
+            "manifest.map_full": lambda _: self.manifest_write_errors_total.inc(),
+            "manifest.disk_full": lambda _: self.manifest_write_errors_total.inc(),
+            "manifest.failed": lambda _: self.manifest_write_errors_total.inc(),
+            "wal.flushed": self._on_wal_flushed,
+        }
+
+    def sink(self, name: str, level: Level, fields: Fields) -> None:
+        """A sink for Events. An event that is no metric costs one look-up."""
+        del level
+        handler = self._handlers.get(name)
+        if handler is not None:
+            handler(fields)
+
+    def watch(self, gauges: Mapping[str, Callable[[], float]]) -> None:
+        """Gauges, by metric name, that are read at scrape time. Raises KeyError for a name that
+        this page does not know.
+        """
+        for name, read in gauges.items():
+            self._gauges[name].set_function(read)
+
+    def unwatch(self) -> None:
+        """What the callbacks read is being closed: the gauges show zero."""
+        for gauge in self._gauges.values():
+            gauge.set_function(_zero)
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """The scrape's body and media type: OpenMetrics where asked for, text otherwise."""
+        encode, media_type = choose_encoder(accept)
+        return encode(self.registry), media_type
+
+    def on_answer(self, *, method: str, template: str, status: int, seconds: float) -> None:
+        """One answered request. `template` is the route's, never the path: paths hold names."""
+        key = (method, template, status)
+        children = self._http_children.get(key)
+        if children is None:
+            children = self._http_children[key] = (
+                self.http_requests_total.labels(method, template, str(status)),
+                self.http_request_duration_seconds.labels(method, template),
+            )
+        children[0].inc()
+        children[1].observe(seconds)
+
+    # --- what there is ------------------------------------------------------------------------
+
+    def _catalogue(self) -> None:
+        self.checkpoint_duration_seconds = self._histogram(
+            "checkpoint_duration_seconds",
+            "From a checkpoint's start to its completion.",
+            _SLOW_SECONDS,
+        )
+        self.checkpoints_total = self._counter(
+            "checkpoints_total", "Checkpoint jobs that ended.", ("outcome",), CHECKPOINT_OUTCOMES
+        )
+        self.checkpoint_bytes_uploaded_total = self._counter(
+            "checkpoint_bytes_uploaded_total", "Bytes that published checkpoints uploaded."
+        )
+        self.job_retries_total = self._counter(
+            "job_retries_total", "Attempts of jobs that failed and are tried again."
+        )
+        self.write_amplification = self._histogram(
+            "write_amplification", "Bytes uploaded per byte dirtied, by checkpoint.", _RATIO
+        )
+        self.delta_chain_length = self._histogram(
+            "delta_chain_length", "Deltas over the base of a chunk after a checkpoint.", _CHAIN
+        )
+        self.storage_quota_exhausted_total = self._counter(
+            "storage_quota_exhausted_total", "Reservations refused for want of quota."
+        )
+        self.page_fetch_latency_seconds = self._histogram(
+            "page_fetch_latency_seconds",
+            "Time to fetch a page or a block, by the tier it came from.",
+            _FAST_SECONDS,
+            ("tier",),
+            TIERS,
+        )
+        self._catalogue_of_stores()
+        self._catalogue_of_http()
+        self._gauges = {
+            name: Gauge(name, text, registry=self.registry)
+            for name, text in (
+                ("checkpoint_queue_depth", "Jobs that wait or run."),
+                ("wal_bytes", "Bytes of WAL on the local disk."),
+                ("storage_quota_used_bytes", "Bytes reserved or used on the local disk."),
+                ("hot_cache_bytes", "Bytes of blobs kept on the local disk."),
+                ("body_memory_bytes", "Memory that request bodies hold."),
+                ("service_ready", "1 while the service is ready."),
+                ("service_degraded", "Parts that fail while the service goes on."),
+            )
+        }
+        self.unwatch()
+
+    def _catalogue_of_stores(self) -> None:
+        self.remote_requests_total = Counter(
+            "remote_requests_total",
+            "Requests to the remote store.",
+            ("op", "outcome"),
+            registry=self.registry,
+        )
+        self.remote_request_seconds = self._histogram(
+            "remote_request_seconds",
+            "Time of a request to the remote store, retries apart.",
+            _SLOW_SECONDS,
+            ("op",),
+            REMOTE_OPS,
+        )
+        for op in REMOTE_OPS:
+            for outcome in REMOTE_OUTCOMES:
+                self.remote_requests_total.labels(op, outcome)
+        self.remote_bytes_read_total = self._counter(
+            "remote_bytes_read_total", "Bytes read from the remote store.", ("mode",), READ_MODES
+        )
+        self.remote_bytes_written_total = self._counter(
+            "remote_bytes_written_total", "Bytes written to the remote store."
+        )
+        self.manifest_write_errors_total = self._counter(
+            "manifest_write_errors_total", "Manifest transactions that failed."
+        )
+        self.manifest_commit_seconds = self._histogram(
+            "manifest_commit_seconds", "Time of a manifest transaction.", _FAST_SECONDS
+        )
+        self.wal_flush_seconds = self._histogram(
+            "wal_flush_seconds", "Time of one write and fdatasync of the WAL.", _FAST_SECONDS
+        )
+        self.wal_appended_bytes_total = self._counter(
+            "wal_appended_bytes_total", "Bytes made durable in the WAL."
+        )
+
+    def _catalogue_of_http(self) -> None:
+        self.http_requests_total = Counter(
+            "http_requests_total",
+            "Answered requests.",
+            ("method", "handler", "status"),
+            registry=self.registry,
+        )
+        self.http_request_duration_seconds = Histogram(
+            "http_request_duration_seconds",
+            "From a request's head to its answer's end.",
+            ("method", "handler"),
+            buckets=_HTTP_SECONDS,
+            registry=self.registry,
+        )
+
+    def _counter(
+        self, name: str, text: str, labels: tuple[str, ...] = (), values: Iterable[str] = ()
+    ) -> Counter:
+        counter = Counter(name, text, labels, registry=self.registry)
+        for value in values:
+            counter.labels(value)
+        return counter
+
+    def _histogram(
+        self,
+        name: str,
+        text: str,
+        buckets: tuple[float, ...],
+        labels: tuple[str, ...] = (),
+        values: Iterable[str] = (),
+    ) -> Histogram:
+        histogram = Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+        for value in values:
+            histogram.labels(value)
+        return histogram
+
+    # --- events -------------------------------------------------------------------------------
+
+    def _ended(self, outcome: str) -> None:
+        self.checkpoints_total.labels(outcome).inc()
+
+    def _on_checkpoint_published(self, fields: Fields) -> None:
+        self._ended("published")
+        for length in _numbers(fields.get("delta_chain_lengths")):
+            self.delta_chain_length.observe(length)
+
+    def _on_checkpoint_completed(self, fields: Fields) -> None:
+        if (seconds := _number(fields.get("seconds"))) is not None:
+            self.checkpoint_duration_seconds.observe(seconds)
+        uploaded = _number(fields.get("bytes_uploaded"))
+        if uploaded is not None:
+            self.checkpoint_bytes_uploaded_total.inc(uploaded)
+            if dirtied := _number(fields.get("bytes_dirtied")):
+                self.write_amplification.observe(uploaded / dirtied)
+
+    def _on_job_ended(self, outcome: str, fields: Fields) -> None:
+        if fields.get("kind") == "create_checkpoint":
+            self._ended(outcome)
+
+    def _on_job_retrying(self, fields: Fields) -> None:
+        del fields
+        self.job_retries_total.inc()
+
+    def _on_page_fetched(self, fields: Fields) -> None:
+        if (seconds := _number(fields.get("seconds"))) is not None:
+            self.page_fetch_latency_seconds.labels(str(fields["tier"])).observe(seconds)
+
+    def _on_remote_requested(self, fields: Fields) -> None:
+        op = str(fields["op"])
+        self.remote_requests_total.labels(op, str(fields["outcome"])).inc()
+        if (seconds := _number(fields.get("seconds"))) is not None:
+            self.remote_request_seconds.labels(op).observe(seconds)
+        if read := _number(fields.get("bytes_read")):
+            self.remote_bytes_read_total.labels(str(fields.get("mode", "normal"))).inc(read)
+        if written := _number(fields.get("bytes_written")):
+            self.remote_bytes_written_total.inc(written)
+
+    def _on_manifest_committed(self, fields: Fields) -> None:
+        if (seconds := _number(fields.get("seconds"))) is not None:
+            self.manifest_commit_seconds.observe(seconds)
+
+    def _on_wal_flushed(self, fields: Fields) -> None:
+        if (seconds := _number(fields.get("seconds"))) is not None:
+            self.wal_flush_seconds.observe(seconds)
+        if written := _number(fields.get("bytes")):
+            self.wal_appended_bytes_total.inc(written)
+
+
+def _zero() -> float:
+    return 0.0
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _numbers(value: object) -> Iterable[float]:
+    found: Any = value if isinstance(value, list | tuple) else ()
+    return (float(one) for one in found)

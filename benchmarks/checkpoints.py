@@ -1,0 +1,116 @@
+"""A checkpoint of 16 × 64 MiB to SeaweedFS against raw PUTs of the same files, and its memory."""
+
+import asyncio
+import os
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import httpx
+
+from app.core.base.clock import SystemClock, SystemRandomness
+from app.core.base.events import Events
+from app.core.formats.crc64 import crc64, encode_crc64
+from app.core.formats.record_framing import pack_records
+from benchmarks.http_load import post, run_load
+from benchmarks.report import Result, at_least, at_most
+from benchmarks.service import peak_rss_mib, service
+from tests.helpers.seaweed import SeaweedS3, running_seaweed
+
+MIB = 1024 * 1024
+CHUNKS = 16
+UPLOADS = 4
+RSS_LIMIT_MIB = 250.0
+
+
+async def sixteen_chunks(work: Path) -> list[Result]:
+    async with running_seaweed(work / "seaweed") as seaweed:
+        bucket = await seaweed.make_bucket("bench")
+        files = [_chunk_file(work / f"raw-{number}", number) for number in range(CHUNKS)]
+        before = await _raw_puts(seaweed, bucket, files, round_=0)
+        seconds, rss = await _service_checkpoint(work, seaweed, bucket)
+        after = await _raw_puts(seaweed, bucket, files, round_=1)
+    size = CHUNKS * 64
+    return [
+        at_least(
+            "checkpoint of 16 × 64 MiB ÷ raw aiobotocore PUTs of the same size",
+            measured=size / seconds, ceiling=size / min(before, after), unit="MiB/s", target=0.85,
+        ),
+        at_most(
+            "peak RSS of the server while checkpointing 16 chunks",
+            measured=rss, limit=RSS_LIMIT_MIB, unit="MiB",
+        ),
+    ]  # fmt: skip
+
+
+async def _service_checkpoint(
+    work: Path, seaweed: SeaweedS3, bucket: str
+) -> tuple[float, float]:
+    """Seconds from the job's start to its end, and the server's peak RSS in MiB."""
+    settings = {
+        "remote_url": f"s3://{bucket}/service",
+        "s3_endpoint_url": seaweed.endpoint,
+        "s3_region": "us-east-1",
+        "wal_budget_bytes": str(16 << 30),
+        "upload_concurrency": str(UPLOADS),
+    }
+    os.environ.update(seaweed.environment)
+    async with service(work / "service", **settings) as (port, process):
+        async with httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}", timeout=120
+        ) as client:
+            (await client.put("/tenants/bench/databases/log", json={"engine": "append_only"}))
+            for number in range(CHUNKS * 4):
+                body = pack_records([os.urandom(4092)] * (16 * MIB // 4096 - 8))
+                outcome = await run_load(
+                    port,
+                    post(
+                        "/tenants/bench/databases/log/records", body,
+                        content_type="application/vnd.bop.records",
+                    ),
+                    connections=1, requests=1,
+                )  # fmt: skip
+                if outcome.failures:
+                    raise RuntimeError(f"append {number} failed")
+            started = time.perf_counter()
+            answer = await client.post(
+                "/checkpoints", json={"tenant": "bench", "database": "log"}
+            )
+            job = answer.json()
+            while job["state"] in ("pending", "in_flight"):
+                job = (await client.get(f"/checkpoints/{job['id']}?wait=30")).json()
+            seconds = time.perf_counter() - started
+            if job["state"] != "completed":
+                raise RuntimeError(f"the checkpoint ended as {job['state']}: {job['error']}")
+            uploaded = job["result"]["bytes_uploaded"]
+            if uploaded < (CHUNKS - 1) * 64 * MIB:
+                raise RuntimeError(f"only {uploaded} bytes were uploaded")
+            return seconds * (CHUNKS * 64 * MIB) / uploaded, peak_rss_mib(process)
+
+
+def _chunk_file(path: Path, number: int) -> Path:
+    path.write_bytes(os.urandom(MIB) * 63 + bytes([number]) * MIB)
+    return path
+
+
+async def _raw_puts(seaweed: SeaweedS3, bucket: str, files: list[Path], *, round_: int) -> float:
+    """aiobotocore alone: the same body object and checksum header, as many at once."""
+    from app.core.stores.remote.s3 import open_client  # noqa: PLC0415 - only this ceiling needs it
+    from app.core.stores.remote.s3_body import FileStream  # noqa: PLC0415
+
+    del SystemClock, SystemRandomness, Events
+    gate = asyncio.Semaphore(UPLOADS)
+    async with AsyncExitStack() as stack:
+        client = await open_client(stack, seaweed.options())
+
+        async def put(path: Path) -> None:
+            async with gate:
+                data = path.read_bytes()
+                await client.put_object(
+                    Bucket=bucket, Key=f"raw-{round_}/{path.name}", Body=FileStream(path),
+                    ContentLength=len(data), ChecksumCRC64NVME=encode_crc64(crc64(data)),
+                )  # fmt: skip
+
+        started = time.perf_counter()
+        await asyncio.gather(*(put(path) for path in files))
+        return time.perf_counter() - started

@@ -1,0 +1,64 @@
+"""The standard workload on the whole service, with a note of each try and each answer.
+
+The first argument takes a protection away, so that a test can show it would be missed:
+`fdatasync` (the WAL's), `directory` (no fsync of directories), or `none`.
+"""
+
+import asyncio
+import os
+import stat
+import sys
+
+import httpx
+
+from tests.fault.children.notes import ROOT, note
+from tests.fault.children.service_in_process import service
+from tests.helpers.ledger import Append
+from tests.helpers.workload import Workload
+
+
+def take_away(protection: str) -> None:
+    real_fsync = os.fsync
+    match protection:
+        case "fdatasync":
+            os.fdatasync = lambda fd: None
+        case "directory":
+
+            def files_only(fd: int) -> None:
+                if not stat.S_ISDIR(os.fstat(fd).st_mode):
+                    real_fsync(fd)
+
+            os.fsync = files_only
+        case "none":
+            pass
+        case _:
+            raise ValueError(protection)
+
+
+class NotedWorkload(Workload):
+    async def create(self, client: httpx.AsyncClient) -> None:
+        await super().create(client)
+        note(created=True)
+
+    async def _send(self, client: httpx.AsyncClient, append: Append) -> None:
+        note(trying=len(append.payloads), pad_bytes=append.pad_bytes)
+        await super()._send(client, append)
+        note(acknowledged=append.ordinal, first_lsn=append.first_lsn, last_lsn=append.last_lsn)
+
+    async def trigger(self, client: httpx.AsyncClient) -> str:
+        job_id = await super().trigger(client)
+        note(job=job_id, covered=self.jobs[job_id])
+        return job_id
+
+    async def wait_job(self, client: httpx.AsyncClient, job_id: str) -> None:
+        await super().wait_job(client, job_id)
+        note(completed=job_id)
+
+
+async def main() -> None:
+    async with service(ROOT / "data") as client:
+        await NotedWorkload().run(client)
+
+
+take_away(sys.argv[1])
+asyncio.run(main())

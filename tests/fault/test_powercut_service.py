@@ -1,0 +1,68 @@
+"""Fault row 8 for the whole service: the power fails at any instant of WAL, manifest and blob
+traffic (I1, I2, I3, I4).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fault.children.service_recovery import Recovered
+from tests.fault.conftest import Recorder, requires_strace
+from tests.helpers.isolated import Isolated
+from tests.helpers.ledger import AckLedger
+from tests.helpers.powercut import Recording, Survey, survey
+
+pytestmark = requires_strace
+CHILD = "tests.fault.children.service_workload"
+RECOVERY = "tests.fault.children.service_recovery:recover"
+
+
+def ledger_of(notes: Sequence[dict[str, Any]]) -> AckLedger:
+    """As the child's own was at that moment: payloads follow from the order of tries alone."""
+    ledger = AckLedger()
+    for note in notes:
+        match note:
+            case {"trying": count, "pad_bytes": pad_bytes}:
+                ledger.begin(count, pad_bytes=pad_bytes).unknown()
+            case {"acknowledged": ordinal, "first_lsn": first, "last_lsn": last}:
+                ledger.appends[ordinal].ok(first, last)
+    return ledger
+
+
+def verify(recovered: Recovered, notes: Sequence[dict[str, Any]]) -> None:
+    assert recovered.findings == []
+    assert recovered.scratch == []
+    assert recovered.leases == 0
+    if recovered.database is None:
+        assert not any("created" in note for note in notes), "the database is gone"
+    ledger_of(notes).check(recovered.records)
+    for note in notes:
+        if "job" in note:
+            assert recovered.job_states.get(note["job"]) == "completed"
+            assert recovered.database is not None
+            assert recovered.database["checkpointed_lsn"] >= note["covered"]
+
+
+def cut_everywhere(recording: Recording, scratch: Path, *, count: int) -> Survey:
+    with Isolated(RECOVERY) as recover:
+        return survey(
+            recording, recover=recover, verify=verify, scratch=scratch, seed=1, count=count
+        )
+
+
+def test_power_cut_at_any_instant_keeps_what_was_acknowledged(
+    record_child: Recorder, tmp_path: Path
+) -> None:
+    recording = record_child(CHILD, "none")
+    result = cut_everywhere(recording, tmp_path / "cuts", count=120)
+    assert result.violations == []
+    assert result.states >= 80
+
+
+@pytest.mark.parametrize("protection", ["fdatasync", "directory"])
+def test_a_missing_sync_is_seen(record_child: Recorder, tmp_path: Path, protection: str) -> None:
+    recording = record_child(CHILD, protection)
+    result = cut_everywhere(recording, tmp_path / "cuts", count=20)
+    assert result.violations != []

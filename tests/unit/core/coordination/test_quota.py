@@ -1,0 +1,540 @@
+"""StorageQuota: I9, I13; fault row 5."""
+
+import asyncio
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from app.core.base import failpoints
+from app.core.base.errors import ErrorKind, InvariantViolation, QuotaExhausted
+from app.core.base.events import Events
+from app.core.coordination.quota import Reclaimer, StorageQuota
+from app.core.coordination.reservation import Reservation
+from app.core.coordination.usage import UsageKey, UsageKind, UsageLink
+from tests.helpers.fake_clock import FakeClock
+
+
+def make_quota(limit: int = 1000, *, drain: int = 0, clock: FakeClock | None = None):
+    return StorageQuota(
+        global_limit_bytes=limit,
+        drain_limit_bytes=drain,
+        clock=clock or FakeClock(),
+        events=Events(),
+    )
+
+
+def used(quota: StorageQuota) -> dict[str, object]:
+    seen = quota.snapshot()
+    return {
+        "global": seen.global_used_bytes,
+        "drain": seen.drain_used_bytes,
+        "tenants": {tenant.tenant: tenant.used_bytes for tenant in seen.tenants},
+        "jobs": {job.job_id: job.reserved_bytes for job in seen.jobs},
+    }
+
+
+EMPTY = {"global": 0, "drain": 0, "tenants": {}, "jobs": {}}
+
+
+async def test_hierarchical_reservation():
+    quota = make_quota(1000)
+    quota.set_tenant_limits("acme", limit_bytes=600, job_limit_bytes=400)
+
+    first = await quota.reserve(tenant="acme", job_id="J1", size_bytes=300)
+    await quota.reserve(tenant="acme", job_id="J2", size_bytes=200)
+    await quota.reserve(tenant="other", job_id=None, size_bytes=100)
+    assert used(quota) == {
+        "global": 600,
+        "drain": 0,
+        "tenants": {"acme": 500, "other": 100},
+        "jobs": {"J1": 300, "J2": 200},
+    }
+    quota.check()
+
+    # One refusal for each level, which takes nothing at any other.
+    before = used(quota)
+    for tenant, job_id, size_bytes, level, limit, held in [
+        ("acme", "J1", 101, "job", 400, 300),
+        ("acme", "J3", 101, "tenant", 600, 500),
+        ("acme", None, 101, "tenant", 600, 500),
+        ("other", "J4", 401, "global", 1000, 600),
+        ("new", None, 401, "global", 1000, 600),
+    ]:
+        with pytest.raises(QuotaExhausted) as refused:
+            await quota.reserve(tenant=tenant, job_id=job_id, size_bytes=size_bytes)
+        assert refused.value.fields == {
+            "level": level,
+            "limit_bytes": limit,
+            "used_bytes": held,
+            "requested_bytes": size_bytes,
+        }
+        assert used(quota) == before
+        quota.check()
+
+    await quota.reserve(tenant="acme", job_id="J1", size_bytes=100)  # exactly the job's limit
+    first.shrink(to_bytes=50)
+    assert used(quota)["jobs"] == {"J1": 150, "J2": 200}
+    first.shrink(to_bytes=80)  # never grows
+    assert first.size_bytes == 50
+    assert quota.release_job("J1") == 150
+    assert quota.release_job("J1") == 0
+    assert used(quota)["tenants"] == {"acme": 200, "other": 100}
+    quota.check()
+
+
+async def test_reservation_release_on_failure():
+    quota = make_quota(1000)
+
+    async def fail_with(error: BaseException) -> None:
+        with await quota.reserve(tenant="acme", job_id="J1", size_bytes=1000):
+            assert used(quota)["global"] == 1000
+            raise error
+
+    for error in (RuntimeError("staging"), asyncio.CancelledError()):
+        with pytest.raises(type(error)):
+            await fail_with(error)
+        assert used(quota) == EMPTY
+        quota.check()
+
+    reservation = await quota.reserve(tenant="acme", job_id="J1", size_bytes=600)
+    reservation.release()
+    reservation.release()  # again is harmless
+    assert quota.release_job("J1") == 0
+    assert used(quota) == EMPTY
+    with await quota.reserve(tenant="acme", job_id="J1", size_bytes=1000):
+        pass
+    quota.check()
+
+
+async def test_release_that_was_interrupted_can_be_repeated(monkeypatch):
+    quota = make_quota(1000)
+    reservation = await quota.reserve(tenant="acme", job_id="J1", size_bytes=600)
+
+    def interrupt(name: str) -> None:
+        assert name == "quota.before_release"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(failpoints, "fp", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            reservation.release()
+    quota.check()
+    assert used(quota)["global"] == 600
+    reservation.release()
+    assert used(quota) == EMPTY
+
+
+async def test_quota_exhaustion_backpressure():
+    """The loser is told at once, with what it can act on; room that comes back can be taken."""
+    clock = FakeClock()
+    quota = make_quota(1000, clock=clock)
+    held = await quota.reserve(tenant="acme", job_id="J1", size_bytes=900)
+    with pytest.raises(QuotaExhausted) as refused:
+        await quota.reserve(tenant="acme", job_id="J2", size_bytes=200)
+    assert refused.value.kind is ErrorKind.EXHAUSTED
+    assert refused.value.code == "quota_exhausted"
+    assert refused.value.retry_after_seconds == 5  # nothing was freed lately: the honest guess
+    quota.check()
+
+    held.shrink(to_bytes=600)  # 300 in the last moment: 10 bytes a second of memory
+    with pytest.raises(QuotaExhausted) as refused:
+        await quota.reserve(tenant="acme", job_id="J2", size_bytes=500)
+    assert refused.value.retry_after_seconds == 10  # 100 are missing
+    clock.advance(30)
+    with pytest.raises(QuotaExhausted) as refused:
+        await quota.reserve(tenant="acme", job_id="J2", size_bytes=500)
+    assert refused.value.retry_after_seconds == 28  # the memory fades by e in 30 s
+
+    with pytest.raises(QuotaExhausted, match="alone is larger") as refused:
+        await quota.reserve(tenant="acme", job_id="J2", size_bytes=1001)
+    assert refused.value.retry_after_seconds == 60
+
+    held.release()
+    with await quota.reserve(tenant="acme", job_id="J2", size_bytes=1000):
+        quota.check()
+
+
+async def test_fifty_tasks_reserve_at_once():
+    quota = make_quota(1000)
+    quota.set_tenant_limits("t0", limit_bytes=150, job_limit_bytes=None)
+    start = asyncio.Event()
+    peak = 0
+    retry_after: list[int | None] = []
+    refused = 0
+    served = 0
+
+    async def job(number: int) -> None:
+        nonlocal peak, refused, served
+        await start.wait()
+        for round_ in range(20):
+            try:
+                reservation = await quota.reserve(
+                    tenant=f"t{number % 5}", job_id=f"J{number}", size_bytes=30 + number % 7
+                )
+            except QuotaExhausted as error:
+                refused += 1
+                retry_after.append(error.retry_after_seconds)
+                await asyncio.sleep(0)
+                continue
+            with reservation:
+                served += 1
+                seen = quota.snapshot()
+                peak = max(peak, seen.global_used_bytes)
+                assert seen.global_used_bytes <= 1000
+                assert all(t.used_bytes <= 150 for t in seen.tenants if t.tenant == "t0")
+                for _ in range(round_ % 4):
+                    await asyncio.sleep(0)
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(50):
+            group.create_task(job(number))
+        start.set()
+    assert served + refused == 1000
+    assert refused > 0
+    assert all(retry_after)
+    assert 900 < peak <= 1000
+    quota.check()
+    assert used(quota) == {**EMPTY, "tenants": {"t0": 0}}
+
+
+async def test_limits_change_live():
+    quota = make_quota(1000)
+    held = await quota.reserve(tenant="acme", job_id="J1", size_bytes=800)
+    quota.set_global_limit(500)
+    quota.check()
+    with pytest.raises(QuotaExhausted):
+        await quota.reserve(tenant="acme", job_id=None, size_bytes=1)
+    held.shrink(to_bytes=400)
+    quota.check()
+    await quota.reserve(tenant="acme", job_id=None, size_bytes=100)
+
+    quota.set_tenant_limits("acme", limit_bytes=450, job_limit_bytes=100)
+    with pytest.raises(QuotaExhausted) as refused:
+        await quota.reserve(tenant="acme", job_id="J1", size_bytes=1)
+    assert refused.value.fields["level"] == "job"
+    with pytest.raises(QuotaExhausted) as refused:
+        await quota.reserve(tenant="acme", job_id=None, size_bytes=1)
+    assert refused.value.fields["level"] == "tenant"
+    quota.set_tenant_limits("acme", limit_bytes=None, job_limit_bytes=None)
+    quota.set_global_limit(501)
+    await quota.reserve(tenant="acme", job_id="J1", size_bytes=1)
+    quota.check()
+
+
+async def test_drain_reserve_serves_a_checkpoint_when_all_else_is_full():
+    quota = make_quota(100, drain=50)
+    quota.set_tenant_limits("acme", limit_bytes=100, job_limit_bytes=10)
+    full = await quota.reserve(tenant="acme", job_id=None, size_bytes=100)
+    with pytest.raises(QuotaExhausted):
+        await quota.reserve(tenant="acme", job_id="J1", size_bytes=40)
+    drained = await quota.reserve(tenant="acme", job_id="J1", size_bytes=40, drain=True)
+    assert drained.drained
+    quota.check()
+    assert used(quota) == {
+        "global": 100, "drain": 40, "tenants": {"acme": 100}, "jobs": {"J1": 40},
+    }  # fmt: skip
+    with pytest.raises(QuotaExhausted) as refused:
+        await quota.reserve(tenant="other", job_id="J2", size_bytes=11, drain=True)
+    assert refused.value.fields["level"] == "drain"
+    assert quota.release_job("J1") == 40
+    full.release()
+    ordinary = await quota.reserve(tenant="acme", job_id="J1", size_bytes=10, drain=True)
+    assert not ordinary.drained  # the drain reserve is the last resort
+    quota.check()
+
+
+class Cache:
+    """A reclaimer that frees after a turn of the loop, as a real one does."""
+
+    def __init__(self, quota: StorageQuota, sizes: list[int]) -> None:
+        self.account = quota.account(kind=UsageKind.HOT_CACHE, tenant=None)
+        self.sizes = sizes
+        self.asked: list[int] = []
+        for number, size in enumerate(sizes):
+            self.account.charge(f"f{number}", device=9, inode=number, size_bytes=size)
+
+    async def reclaim(self, size_bytes: int) -> int:
+        self.asked.append(size_bytes)
+        freed = 0
+        for number, size in enumerate(self.sizes):
+            if freed >= size_bytes:
+                break
+            if size:
+                self.sizes[number] = 0
+                await asyncio.sleep(0)
+                self.account.discharge(f"f{number}", device=9, inode=number)
+                freed += size
+        return freed
+
+
+async def test_reclaimers_are_asked_before_refusing():
+    quota = make_quota(1000)
+    cache = Cache(quota, [300, 300, 300])
+    reclaimer: Reclaimer = cache
+    quota.add_reclaimer(reclaimer)
+    quota.set_tenant_limits("small", limit_bytes=50, job_limit_bytes=None)
+
+    with pytest.raises(QuotaExhausted):
+        await quota.reserve(tenant="small", job_id=None, size_bytes=60)
+    assert cache.asked == []  # dropping cache would not have helped its tenant
+
+    await quota.reserve(tenant="acme", job_id=None, size_bytes=100)
+    assert cache.asked == []
+    await quota.reserve(tenant="acme", job_id=None, size_bytes=200)
+    assert cache.asked == [200]
+    assert used(quota)["global"] == 900
+    with pytest.raises(QuotaExhausted) as refused:
+        await quota.reserve(tenant="acme", job_id=None, size_bytes=701)
+    assert refused.value.fields["used_bytes"] == 300  # all cache went, and still no room
+    quota.check()
+
+
+async def test_two_who_are_short_do_not_take_the_same_room():
+    quota = make_quota(1000)
+    cache = Cache(quota, [250, 250, 250, 250])
+    quota.add_reclaimer(cache)
+    async with asyncio.TaskGroup() as group:
+        for number in range(4):
+            group.create_task(quota.reserve(tenant=f"t{number}", job_id=None, size_bytes=250))
+    assert used(quota)["global"] == 1000
+    assert cache.sizes == [0, 0, 0, 0]
+    quota.check()
+
+
+async def test_what_one_reclaimed_serves_the_next_who_waited():
+    quota = make_quota(1000)
+    cache = Cache(quota, [500, 500])
+    quota.add_reclaimer(cache)
+    async with asyncio.TaskGroup() as group:
+        for _ in range(2):
+            group.create_task(quota.reserve(tenant="acme", job_id=None, size_bytes=250))
+    assert cache.sizes == [0, 500]
+    quota.check()
+
+
+async def test_cancelled_while_reclaiming_takes_nothing():
+    quota = make_quota(100)
+    entered = asyncio.Event()
+
+    class Stuck:
+        async def reclaim(self, size_bytes: int) -> int:
+            entered.set()
+            return await asyncio.get_running_loop().create_future()
+
+    quota.add_reclaimer(Stuck())
+    held = await quota.reserve(tenant="acme", job_id=None, size_bytes=100)
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(quota.reserve(tenant="acme", job_id="J1", size_bytes=1))
+        await entered.wait()
+        waiting.cancel()
+    held.release()
+    assert used(quota) == EMPTY
+
+
+async def test_trim_drops_cache_down_to_a_lowered_limit():
+    quota = make_quota(1000)
+    quota.add_reclaimer(Cache(quota, [300, 300]))
+    assert await quota.trim() == 0
+    quota.set_global_limit(400)
+    assert await quota.trim() == 300
+    assert used(quota)["global"] == 300
+
+
+def link(kind: UsageKind, owner: str, name: str, tenant: str | None) -> UsageLink:
+    return UsageLink(kind=kind, owner=owner, name=name, tenant=tenant)
+
+
+async def test_an_inode_is_charged_once_and_passed_on():
+    quota = make_quota(1000)
+    inode = UsageKey(device=1, inode=7)
+    wal = link(UsageKind.WAL, "3", "0001.wal", "acme")
+    scratch = link(UsageKind.SCRATCH, "J1", "chunk-0", "acme")
+    cached = link(UsageKind.HOT_CACHE, "", "ab" * 32, None)
+
+    quota.charge(inode, wal, size_bytes=100)
+    quota.charge(inode, wal, size_bytes=250)  # the segment grew
+    quota.charge(inode, scratch, size_bytes=250)
+    quota.charge(inode, cached, size_bytes=250)
+    assert used(quota) == {**EMPTY, "global": 250, "tenants": {"acme": 250}}
+
+    quota.discharge(inode, scratch)
+    quota.discharge(inode, scratch)  # again is harmless
+    assert used(quota)["tenants"] == {"acme": 250}
+    quota.discharge(inode, wal)
+    assert used(quota) == {**EMPTY, "global": 250}  # passed on to the cache
+    assert quota.snapshot().files_by_kind == {"wal": 0, "scratch": 0, "hot_cache": 250}
+    quota.check()
+    quota.discharge(inode, cached)
+    assert used(quota) == EMPTY
+    quota.check()
+
+
+async def test_late_discharge_does_not_hit_the_inode_numbers_next_file():
+    quota = make_quota(1000)
+    inode = UsageKey(device=1, inode=7)
+    old = link(UsageKind.WAL, "3", "0001.wal", "acme")
+    new = link(UsageKind.WAL, "3", "0002.wal", "acme")
+    quota.charge(inode, old, size_bytes=100)
+    quota.charge(inode, new, size_bytes=10)
+    quota.discharge(inode, old)
+    assert used(quota)["tenants"] == {"acme": 10}
+
+
+async def test_charges_above_a_limit_refuse_reservations_until_use_falls():
+    quota = make_quota(1000)
+    quota.set_tenant_limits("acme", limit_bytes=100, job_limit_bytes=None)
+    account = quota.account(kind=UsageKind.WAL, owner="3", tenant="acme")
+    account.charge("0001.wal", device=1, inode=1, size_bytes=150)
+    with pytest.raises(QuotaExhausted) as refused:
+        await quota.reserve(tenant="acme", job_id=None, size_bytes=1)
+    assert refused.value.fields["used_bytes"] == 150
+    quota.forget(kind=UsageKind.WAL, owner="3")
+    await quota.reserve(tenant="acme", job_id=None, size_bytes=100)
+    quota.check()
+
+
+async def test_bugs_are_told():
+    quota = make_quota(1000)
+    with pytest.raises(InvariantViolation):
+        await quota.reserve(tenant="acme", job_id=None, size_bytes=-1)
+    held = await quota.reserve(tenant="acme", job_id="J1", size_bytes=1)
+    with pytest.raises(InvariantViolation):
+        await quota.reserve(tenant="other", job_id="J1", size_bytes=1)
+    with pytest.raises(InvariantViolation):
+        held.shrink(to_bytes=-1)
+    quota.check()
+    held._size_bytes = 2
+    with pytest.raises(InvariantViolation):
+        quota.check()
+
+
+async def test_confined_to_one_thread():
+    quota = make_quota(1000)
+    with pytest.raises(AssertionError, match="confined"):
+        await asyncio.to_thread(quota.snapshot)
+
+
+class QuotaMachine(RuleBasedStateMachine):
+    """Never above a limit by reserving; sums always agree; all released is nothing used."""
+
+    reservations = Bundle("reservations")
+    files = Bundle("files")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = FakeClock()
+        self.quota = make_quota(100, drain=20, clock=self.clock)
+        self.live: list[Reservation] = []
+        self.inodes: dict[tuple[int, UsageLink], None] = {}
+
+    def run(self, coroutine):
+        """Runs a coroutine that never suspends, as `reserve` without reclaimers."""
+        try:
+            coroutine.send(None)
+        except StopIteration as end:
+            return end.value
+        raise AssertionError("suspended")
+
+    @rule(
+        target=reservations,
+        tenant=st.sampled_from("ab"),
+        job=st.sampled_from(["1", "2", None]),
+        size=st.integers(0, 60),
+        drain=st.booleans(),
+    )
+    def reserve(self, tenant, job, size, drain):
+        job_id = None if job is None else tenant + job
+        before = self.quota.snapshot()
+        limits = {entry.tenant: entry.limit_bytes for entry in before.tenants}
+        refusal = reservation = None
+        try:
+            reservation = self.run(
+                self.quota.reserve(tenant=tenant, job_id=job_id, size_bytes=size, drain=drain)
+            )
+        except QuotaExhausted as error:
+            refusal = error
+        if refusal is not None:
+            assert self.quota.snapshot() == before
+            assert refusal.fields["used_bytes"] + size > refusal.fields["limit_bytes"]
+            assert 1 <= refusal.retry_after_seconds <= 60
+            return None
+        after = self.quota.snapshot()
+        self.live.append(reservation)
+        if size and reservation.drained:
+            assert after.drain_used_bytes <= after.drain_limit_bytes
+        elif size:
+            assert after.global_used_bytes <= after.global_limit_bytes
+            mine = next(entry for entry in after.tenants if entry.tenant == tenant)
+            assert limits.get(tenant) is None or mine.used_bytes <= limits[tenant]
+        return reservation
+
+    @rule(reservation=reservations, size=st.integers(0, 60))
+    def shrink(self, reservation, size):
+        if reservation is not None:
+            reservation.shrink(to_bytes=size)
+
+    @rule(reservation=reservations)
+    def release(self, reservation):
+        if reservation is not None:
+            reservation.release()
+            assert reservation.size_bytes == 0
+
+    @rule(job_id=st.sampled_from(["a1", "a2", "b1", "b2"]))
+    def release_job(self, job_id):
+        self.quota.release_job(job_id)
+        assert job_id not in self.quota.holders()
+
+    @rule(
+        tenant=st.sampled_from("ab"),
+        limit=st.none() | st.integers(0, 100),
+        job_limit=st.none() | st.integers(0, 50),
+    )
+    def limit_tenant(self, tenant, limit, job_limit):
+        self.quota.set_tenant_limits(tenant, limit_bytes=limit, job_limit_bytes=job_limit)
+
+    @rule(limit=st.integers(0, 150))
+    def limit_global(self, limit):
+        self.quota.set_global_limit(limit)
+
+    @rule(
+        target=files,
+        inode=st.integers(0, 3),
+        kind=st.sampled_from(UsageKind),
+        tenant=st.sampled_from(["a", "b", None]),
+        size=st.integers(0, 40),
+    )
+    def charge(self, inode, kind, tenant, size):
+        place = link(kind, f"{tenant}", "file", tenant)
+        self.quota.charge(UsageKey(device=0, inode=inode), place, size_bytes=size)
+        self.inodes[inode, place] = None
+        return inode, place
+
+    @rule(file=consumes(files))
+    def discharge(self, file):
+        inode, place = file
+        self.quota.discharge(UsageKey(device=0, inode=inode), place)
+        self.inodes.pop(file, None)
+
+    @rule(seconds=st.floats(0, 100))
+    def wait(self, seconds):
+        self.clock.advance(seconds)
+
+    @invariant()
+    def sums_agree(self):
+        self.quota.check()
+
+    def teardown(self):
+        for reservation in self.live:
+            reservation.release()
+        for inode, place in self.inodes:
+            self.quota.discharge(UsageKey(device=0, inode=inode), place)
+        for tenant in "ab":
+            self.quota.set_tenant_limits(tenant, limit_bytes=None, job_limit_bytes=None)
+        self.quota.check()
+        assert used(self.quota) == EMPTY
+
+
+TestQuotaMachine = QuotaMachine.TestCase
+TestQuotaMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -1,0 +1,169 @@
+"""The job queue over a real manifest: who is claimed, when, and what a restart makes of it."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import msgspec
+import pytest
+
+from app.core.base.clock import SeededRandomness, SystemClock, wall_us
+from app.core.base.errors import Backpressure, JobAlreadyEnded, JobNotFound
+from app.core.base.events import Events
+from app.core.base.ids import new_ulid
+from app.core.jobs.feed import JobFeed
+from app.core.jobs.queue import JobQueue
+from app.core.stores.manifest.errors import CancelRequested, RunSuperseded
+from app.core.stores.manifest.records import JobRecord
+from app.core.stores.manifest.store import ManifestStore
+from migrations.runner import load_steps
+
+CLOCK, RANDOMNESS = SystemClock(), SeededRandomness(1)
+
+
+def job(db_id: int, *, tenant: str = "acme", kind="create_checkpoint") -> JobRecord:
+    return JobRecord(
+        job_id=new_ulid(CLOCK, RANDOMNESS), kind=kind, tenant=tenant, database=f"db{db_id}",
+        db_id=db_id, created_at_us=wall_us(CLOCK),
+    )  # fmt: skip
+
+
+def raise_fatal(error: BaseException) -> None:
+    raise error
+
+
+@asynccontextmanager
+async def opened(tmp_path, *, depth_max: int = 100):
+    manifest = await ManifestStore.open(
+        tmp_path / "manifest", clock=CLOCK, events=Events(), process_id=new_ulid(CLOCK, RANDOMNESS),
+        map_bytes=1 << 26, max_readers=16, migrations=load_steps(), on_fatal=raise_fatal,
+    )  # fmt: skip
+    try:
+        queue = JobQueue(
+            manifest, clock=CLOCK, events=Events(), feed=JobFeed(), depth_max=depth_max
+        )
+        await queue.load()
+        yield queue
+    finally:
+        await manifest.aclose()
+
+
+@pytest.fixture
+async def queue(tmp_path):
+    async with opened(tmp_path) as queue:
+        yield queue
+
+
+async def test_one_mutating_job_per_database_at_a_time(queue):
+    first = await queue.enqueue(job(1), join=False)
+    second = await queue.enqueue(job(1), join=False)
+    other = await queue.enqueue(job(2), join=False)
+    claimed = [await queue.claim(), await queue.claim()]
+    assert {one.job_id for one in claimed if one} == {first.job_id, other.job_id}
+    assert await queue.claim() is None
+    done, _ = await queue.update(claimed[0], reason="t", changes={"state": "completed"})
+    queue.give_back(done)
+    follower = await queue.claim()
+    assert follower is not None
+    assert follower.job_id == second.job_id
+
+
+async def test_tenants_take_turns(queue):
+    for number in range(3):
+        await queue.enqueue(job(number, tenant="loud"), join=False)
+    await queue.enqueue(job(9, tenant="quiet"), join=False)
+    turns = [await queue.claim() for _ in range(4)]
+    assert "quiet" in [one.tenant for one in turns[:2] if one]
+
+
+async def test_a_caller_joins_only_a_job_that_has_not_planned(queue):
+    first = await queue.enqueue(job(1), join=True)
+    assert (await queue.enqueue(job(1), join=True)).job_id == first.job_id
+    claimed = await queue.claim()
+    assert claimed is not None
+    third = await queue.enqueue(job(1), join=True)
+    assert third.job_id != first.job_id
+    planned, _ = await queue.update(
+        claimed, reason="t", changes={"state": "pending", "plan": b"a plan"}
+    )
+    queue.give_back(planned)
+    assert (await queue.enqueue(job(1), join=True)).job_id == third.job_id
+
+
+async def test_callers_at_the_same_time_share_one_job(queue):
+    jobs = await asyncio.gather(*(queue.enqueue(job(1), join=True) for _ in range(20)))
+    assert len({one.job_id for one in jobs}) == 1
+    assert queue.depth == 1
+
+
+async def test_a_full_queue_pushes_back(tmp_path):
+    async with opened(tmp_path, depth_max=2) as queue:
+        await queue.enqueue(job(1), join=True)
+        await queue.enqueue(job(2), join=True)
+        with pytest.raises(Backpressure) as refused:
+            await queue.enqueue(job(3), join=True)
+        assert refused.value.retry_after_seconds
+        assert queue.depth == 2
+
+
+async def test_a_stale_run_changes_nothing(queue):
+    await queue.enqueue(job(1), join=False)
+    claimed = await queue.claim()
+    assert claimed is not None
+    stale = msgspec.structs.replace(claimed, run=claimed.run - 1)
+    with pytest.raises(RunSuperseded):
+        await queue.update(stale, reason="t", changes={"state": "completed"})
+
+
+async def test_a_cancelled_job_in_flight_is_told_at_its_next_step(queue):
+    await queue.enqueue(job(1), join=False)
+    claimed = await queue.claim()
+    assert claimed is not None
+    told = await queue.request_cancel(claimed.job_id)
+    assert told.cancel_requested
+    with pytest.raises(CancelRequested):
+        await queue.update(claimed, reason="t", changes={"stage": "staging"})
+    ended, _ = await queue.update(
+        claimed, reason="t", changes={"state": "cancelled"}, allow_cancelled=True
+    )
+    queue.give_back(ended)
+    with pytest.raises(JobAlreadyEnded):
+        await queue.request_cancel(claimed.job_id)
+    with pytest.raises(JobNotFound):
+        await queue.request_cancel(new_ulid(CLOCK, RANDOMNESS))
+
+
+async def test_a_restart_resumes_at_once_and_uses_up_no_attempt(tmp_path):
+    async with opened(tmp_path) as queue:
+        await queue.enqueue(job(1), join=False)
+        waiting = await queue.enqueue(job(2), join=False)
+        claimed = await queue.claim()
+        assert claimed is not None
+        await queue.update(claimed, reason="t", changes={"plan": b"kept", "stage": "uploading"})
+    async with opened(tmp_path) as queue:
+        assert queue.depth == 2
+        again = await queue.claim()
+        assert again is not None
+        assert (again.job_id, again.attempts, again.run) == (claimed.job_id, 1, 2)
+        assert (again.plan, again.stage) == (b"kept", "uploading")
+        assert queue.unfinished_ids() == {claimed.job_id, waiting.job_id}
+
+
+async def test_a_retry_waits_for_its_time(queue):
+    await queue.enqueue(job(1), join=False)
+    claimed = await queue.claim()
+    assert claimed is not None
+    later = wall_us(CLOCK) + 3_600_000_000
+    waiting, _ = await queue.update(
+        claimed, reason="t", changes={"state": "pending", "not_before_us": later}
+    )
+    queue.give_back(waiting)
+    assert await queue.claim() is None
+    assert queue.next_eligible_us() == later
+
+
+async def test_watchers_are_woken_by_each_change(queue):
+    added = await queue.enqueue(job(1), join=False)
+    woken = queue.feed.subscribe(added.job_id)
+    claimed = await queue.claim()
+    assert claimed is not None
+    await asyncio.wait_for(woken, 1)

@@ -1,0 +1,250 @@
+"""No route without a scope; no tenant seen by another's token."""
+
+import json
+
+import pytest
+from fastapi import APIRouter, Request
+
+from app.core.base.errors import StartRefused
+from app.core.services.debugging import NamedLease
+from app.main import create_app
+from app.routers import auth
+from app.routers.auth import OPEN_PATHS, SCOPES, needs
+from app.routers.route import ScopedRoute
+from app.settings import Settings
+from tests.helpers.fake_services import lease
+from tests.unit.routers.conftest import TOKENS, Running, bearer, write_tokens
+
+DOCUMENTS = {"/openapi.json", "/docs"}
+
+
+def concrete(path: str, tenant: str) -> str:
+    return path.format(tenant=tenant, database="events", id="01JDB4N0Z8Q3V5W7X9Y1A2B301")
+
+
+def routes_of(app):
+    return [
+        (route, method)
+        for route in app.routes
+        if isinstance(route, ScopedRoute)
+        for method in sorted(route.methods)
+    ]
+
+
+def test_every_route_has_a_scope_or_is_open(tmp_path):
+    app = create_app(Settings(data_dir=tmp_path))
+    for route in app.routes:
+        if route.path in DOCUMENTS:
+            continue
+        assert isinstance(route, ScopedRoute), f"{route.path} is not a ScopedRoute"
+        assert route.scopes or route.path in OPEN_PATHS, f"{route.path} has no scope"
+        assert route.scopes <= SCOPES
+    assert {route.path for route, _ in routes_of(app) if not route.scopes} | DOCUMENTS == OPEN_PATHS
+
+
+def test_a_route_without_a_scope_cannot_be_made():
+    router = APIRouter(route_class=ScopedRoute)
+
+    async def careless(request: Request) -> None: ...
+
+    with pytest.raises(TypeError, match="names no scope"):
+        router.get("/careless")(careless)
+    with pytest.raises(TypeError, match="not one of the open paths"):
+        router.get("/careless")(auth.open_to_all(careless))
+    with pytest.raises(ValueError, match="at least one"):
+        needs()
+
+
+async def test_without_a_token_everything_but_the_open_paths_is_401(guarded: Running):
+    for route, method in routes_of(guarded.app):
+        answer = await guarded.client.request(method, concrete(route.path, "acme"))
+        assert (answer.status_code == 401) == (route.path not in OPEN_PATHS), route.path
+    for path in DOCUMENTS:
+        assert (await guarded.client.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/nothing"),
+        ("DELETE", "/jobs"),
+        ("GET", "/jobs?limit=x"),
+        ("GET", "/tenants/BAD/databases"),
+        ("PUT", "/tenants/acme/databases/x"),
+    ],
+)
+async def test_401_comes_before_path_query_and_body(guarded: Running, method, path):
+    answer = await guarded.client.request(method, path)
+    assert answer.status_code == 401
+    assert answer.json()["code"] == "unauthenticated"
+    assert answer.headers["www-authenticate"].startswith("Bearer")
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    "header", ["", "Bearer", "Bearer ", "Basic all", "all", "Bearer nobody", "Bearer all all"]
+)
+async def test_headers_that_prove_nothing(guarded: Running, header):
+    answer = await guarded.client.get("/jobs", headers={"Authorization": header})
+    assert answer.status_code == 401
+
+
+async def test_the_scheme_is_case_insensitive(guarded: Running):
+    answer = await guarded.client.get("/jobs", headers={"Authorization": "bearer all"})
+    assert answer.status_code == 200
+
+
+async def test_scopes_are_needed_before_anything_is_validated(guarded: Running):
+    for route, method in routes_of(guarded.app):
+        if route.path in OPEN_PATHS:
+            continue
+        path = concrete(route.path, "acme")
+        answer = await guarded.client.request(method, path, headers=bearer("admin-only"))
+        assert answer.status_code == 403, path
+        if method != "HEAD":
+            assert answer.json()["code"] == "forbidden"
+
+
+async def test_a_reader_reads_only(guarded: Running):
+    client, headers = guarded.client, bearer("reader")
+    assert (await client.get("/tenants/acme/databases/events", headers=headers)).status_code == 200
+    assert (await client.get("/checkpoints", headers=headers)).status_code == 200
+    body = {"engine": "append_only"}
+    refused = await client.put("/tenants/acme/databases/new", json=body, headers=headers)
+    assert refused.status_code == 403
+    body = {"tenant": "acme", "database": "events"}
+    assert (await client.post("/checkpoints", json=body, headers=headers)).status_code == 403
+    assert (await client.get("/debug/manifest/stats", headers=headers)).status_code == 403
+
+
+async def test_another_tenants_paths_answer_404_on_every_route(guarded: Running):
+    """Also for names that no tenant could have, and for bodies that are not valid."""
+    tried = 0
+    for route, method in routes_of(guarded.app):
+        if "{tenant}" not in route.path:
+            continue
+        for foreign in ("zeta", "nobody", "BAD"):
+            answer = await guarded.client.request(
+                method, concrete(route.path, foreign), content=b"{", headers=bearer("acme")
+            )
+            assert answer.status_code == 404, (method, route.path)
+            tried += 1
+            if method != "HEAD":
+                assert answer.json()["code"] in {"database_not_found", "not_found"}
+                assert foreign not in answer.text
+    assert tried >= 24
+    assert not guarded.service.record_contents("zeta")
+
+
+async def test_another_tenants_jobs_do_not_exist(guarded: Running):
+    mine = guarded.service.add_job(tenant="acme")
+    other = guarded.service.add_job(tenant="zeta")
+    client, headers = guarded.client, bearer("acme")
+    missing = "01JDB4N0Z8Q3V5W7X9Y1A2B399"
+    for base in ("/jobs", "/checkpoints"):
+        listed = (await client.get(base, headers=headers)).json()["items"]
+        assert [job["id"] for job in listed] == [mine.job_id]
+        assert (await client.get(f"{base}/{mine.job_id}", headers=headers)).status_code == 200
+        for method, suffix in (("GET", ""), ("GET", "?wait=1"), ("POST", "/cancel")):
+            answers = [
+                await client.request(method, f"{base}/{job_id}{suffix}", headers=headers)
+                for job_id in (other.job_id, missing)
+            ]
+            texts = [
+                answer.text.replace(job_id, "ID").replace(answer.headers["x-request-id"], "R")
+                for answer, job_id in zip(answers, (other.job_id, missing), strict=True)
+            ]
+            assert answers[0].status_code == 404
+            assert texts[0] == texts[1]  # not to be told from one that never was
+    answer = await client.get(f"/checkpoints/{other.job_id}/events", headers=headers)
+    assert answer.status_code == 404
+    assert guarded.service.job_records[other.job_id].state == "pending"
+    assert (await client.get("/jobs?tenant=zeta", headers=headers)).json()["items"] == []
+
+
+async def test_a_body_that_names_another_tenant_meets_404(guarded: Running):
+    body = {"tenant": "zeta", "database": "events"}
+    for extra in ({}, {"Idempotency-Key": "k"}):
+        answer = await guarded.client.post(
+            "/checkpoints", json=body, headers={**bearer("acme"), **extra}
+        )
+        assert (answer.status_code, answer.json()["code"]) == (404, "database_not_found")
+    assert guarded.service.job_records == {}
+
+
+async def test_debug_lists_show_a_bound_token_its_own_only(guarded: Running):
+    kept: list[NamedLease] = []
+    for number in range(6):
+        kept.append(lease("acme" if number % 2 else "zeta", db_id=number, chunk_id=0))
+    guarded.service.leases_kept = kept
+    client = guarded.client
+    seen, path = [], "/debug/checkpoint/leases?limit=2"
+    while path:
+        answer = await client.get(path, headers=bearer("acme"))
+        page = answer.json()
+        seen += [item["tenant"] for item in page["items"]]
+        cursor = page["next_cursor"]
+        path = cursor and f"/debug/checkpoint/leases?limit=2&cursor={cursor}"
+    assert seen == ["acme"] * 3
+    everything = await client.get("/debug/checkpoint/leases", headers=bearer("all"))
+    assert len(everything.json()["items"]) == 6
+    assert (await client.get("/debug/manifest/stats", headers=bearer("acme"))).status_code == 403
+
+
+async def test_principals_do_not_share_idempotency_keys(guarded: Running):
+    body, key = {"tenant": "acme", "database": "events"}, {"Idempotency-Key": "k"}
+    jobs = {
+        (
+            await guarded.client.post("/checkpoints", json=body, headers={**bearer(token), **key})
+        ).json()["id"]
+        for token in ("all", "acme", "all")
+    }
+    assert len(jobs) == 2
+
+
+async def test_the_file_is_read_again_when_it_changes(guarded: Running, tokens_file, monkeypatch):
+    monkeypatch.setattr(auth, "RELOAD_SECONDS", 0.0)
+    client = guarded.client
+    assert (await client.get("/jobs", headers=bearer("all"))).status_code == 200
+    write_tokens(tokens_file, {"fresh": TOKENS["all"]})
+    for _ in range(2):  # the first look may still be the one planned before
+        guarded.app.state.authenticator.look_now()
+        assert (await client.get("/jobs", headers=bearer("fresh"))).status_code == 200
+        assert (await client.get("/jobs", headers=bearer("all"))).status_code == 401
+    tokens_file.write_text("{", encoding="utf-8")
+    guarded.app.state.authenticator.look_now()
+    assert (await client.get("/jobs", headers=bearer("fresh"))).status_code == 200
+    assert "auth.tokens_unreadable" in [name for name, _, _ in guarded.logged]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        json.dumps({"tokens": [{"name": "a", "sha256": "xx", "scopes": []}]}),
+        json.dumps({"tokens": [{"name": "a", "sha256": "ab", "scopes": []}]}),
+        json.dumps({"tokens": [{"name": "a", "sha256": "0" * 64, "scopes": ["root"]}]}),
+        json.dumps({"tokens": [{"name": "a", "sha256": "0" * 64, "scopes": [], "x": 1}]}),
+    ],
+)
+def test_an_unusable_tokens_file_refuses_the_start(tmp_path, content):
+    path = tmp_path / "tokens.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(StartRefused, match="BOP_AUTH_TOKENS_FILE"):
+        create_app(Settings(data_dir=tmp_path, auth_tokens_file=path))
+    path.unlink()
+    with pytest.raises(StartRefused):
+        create_app(Settings(data_dir=tmp_path, auth_tokens_file=path))
+
+
+async def test_tokens_are_never_logged(guarded: Running):
+    for token in ("all", "secret-canary"):
+        await guarded.client.get("/jobs?limit=x", headers=bearer(token))
+    guarded.service.failing["databases.create"] = RuntimeError("x")
+    await guarded.client.put(
+        "/tenants/acme/databases/n", json={"engine": "libsql"}, headers=bearer("all")
+    )
+    assert guarded.logged
+    assert "canary" not in repr(guarded.logged)
+    assert "Bearer" not in repr(guarded.logged)

@@ -1,0 +1,118 @@
+"""Every knob: from where it is read, what is refused, what is shown."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from app.settings import MIB, Settings
+
+FIXED = {
+    "BOP_DATA_DIR",
+    "BOP_REMOTE_URL",
+    "BOP_S3_ENDPOINT_URL",
+    "BOP_S3_REGION",
+    "BOP_HOST",
+    "BOP_PORT",
+    "BOP_AUTH_TOKENS_FILE",
+    "BOP_QUOTA_GLOBAL_BYTES",
+    "BOP_WAL_BUDGET_BYTES",
+    "BOP_PAGE_CACHE_BYTES",
+    "BOP_HOT_CACHE_BYTES",
+    "BOP_JOB_CONCURRENCY",
+    "BOP_CHECKPOINT_INTERVAL_SECONDS",
+    "BOP_GC_GRACE_SECONDS",
+    "BOP_MAX_APPEND_BYTES",
+    "BOP_ADMIN_APPROVALS",
+    "BOP_LOG_FORMAT",
+}
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    import os
+
+    for name in [name for name in os.environ if name.startswith("BOP_")]:
+        monkeypatch.delenv(name)
+
+
+def test_defaults_are_those_of_the_contract():
+    settings = Settings()
+    assert (settings.host, settings.port) == ("127.0.0.1", 8600)
+    assert settings.data_dir == Path("./data")
+    assert settings.max_append_bytes == 64 * MIB
+    assert settings.max_record_bytes == 16 * MIB
+    assert settings.checkpoint_interval_seconds == 60
+    assert settings.gc_grace_seconds == 3600
+    assert settings.admin_approvals is True
+    assert settings.log_format == "json"
+
+
+def test_the_fixed_names_exist():
+    assert set(Settings().redacted()) >= FIXED
+
+
+def test_environment_over_file_over_defaults(tmp_path, monkeypatch):
+    file = tmp_path / "bop.toml"
+    file.write_text('port = 9000\nBOP_LOG_LEVEL = "debug"\ngc_grace_seconds = 0\n')
+    monkeypatch.setenv("BOP_CONFIG_FILE", str(file))
+    monkeypatch.setenv("BOP_PORT", "9001")
+    settings = Settings()
+    assert settings.port == 9001
+    assert settings.log_level == "debug"
+    assert settings.gc_grace_seconds == 0
+    assert Settings(port=9002).port == 9002
+
+
+def test_unknown_names_in_the_file_are_refused(tmp_path, monkeypatch):
+    file = tmp_path / "bop.toml"
+    file.write_text("prot = 9000\n")
+    monkeypatch.setenv("BOP_CONFIG_FILE", str(file))
+    with pytest.raises(ValidationError, match="prot"):
+        Settings()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
+def test_without_tokens_it_answers_on_loopback_only(tmp_path, host):
+    with pytest.raises(ValidationError, match="BOP_AUTH_TOKENS_FILE"):
+        Settings(host=host)
+    assert Settings(host=host, auth_tokens_file=tmp_path / "tokens.json").host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_loopback_needs_no_tokens(host):
+    assert Settings(host=host).host == host
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"port": 65536},
+        {"port": -1},
+        {"job_concurrency": 0},
+        {"gc_grace_seconds": -1},
+        {"log_format": "xml"},
+        {"shutdown_seconds": 0},
+        {"max_append_bytes": 0},
+    ],
+)
+def test_values_out_of_range_are_refused(values):
+    with pytest.raises(ValidationError):
+        Settings(**values)
+
+
+def test_the_remote_store_is_under_the_data_directory_by_default(tmp_path):
+    settings = Settings(data_dir=tmp_path)
+    assert settings.effective_remote_url == f"file://{tmp_path.resolve()}/remote"
+    assert Settings(remote_url="s3://b/p").effective_remote_url == "s3://b/p"
+
+
+def test_credentials_in_urls_are_cut():
+    shown = Settings(s3_endpoint_url="https://user:hunter2@s3.example.org/x").redacted()
+    assert shown["BOP_S3_ENDPOINT_URL"] == "https://***@s3.example.org/x"
+    assert "hunter2" not in repr(shown)
+
+
+def test_settings_do_not_change():
+    with pytest.raises(ValidationError):
+        Settings().port = 1
