@@ -25,6 +25,7 @@ from app.client.failures import (
     UnexpectedAnswer,
 )
 from app.client.jobs import Checkpoints, Jobs
+from app.client.libsql import Libsql
 from app.client.operations import Operations
 from app.client.records import Record, RecordBatch, Records
 from app.core.base.clock import Clock, Randomness, SystemClock, SystemRandomness
@@ -77,6 +78,7 @@ class BopClient:
         )
         self.databases = Databases(calls)
         self.records = Records(calls, self.databases)
+        self.libsql = Libsql(calls)
         self.checkpoints = Checkpoints(calls)
         self.jobs = Jobs(calls)
         self.operations = Operations(calls)

@@ -160,3 +160,32 @@ class Finding(Answer, frozen=True):
 class FsckReport(Answer, frozen=True):
     findings: list[Finding]
     checked: dict[str, int]
+
+
+class WalStored(Answer, frozen=True):
+    accepted_offset: int
+    salt1: int
+    salt2: int
+    first_lsn: int | None
+    """None where the body held no new commit."""
+    last_lsn: int | None
+    frames: int
+    commits: int
+    page_count: int
+
+
+class ImageStored(Answer, frozen=True):
+    lsn: int
+    page_count: int
+    changed_pages: int
+
+
+class WalPosition(Answer, frozen=True):
+    """How far the service has a log; without offset and salts it has none."""
+
+    last_lsn: int
+    offset: int | None = None
+    salt1: int | None = None
+    salt2: int | None = None
+    checksum1: int | None = None
+    checksum2: int | None = None

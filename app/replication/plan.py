@@ -1,0 +1,216 @@
+"""What a follower does next. Pure.
+
+Why no frame is lost. `Lock` is the log as it was, writers locked out, when the read transaction
+that is still held began. While it is held nobody can restart the log, unless all of `Lock` had been
+copied into the database file; then it can be restarted once, and the new log starts from exactly
+the end of `Lock`, for a further sqlite_checkpoint would overwrite what the transaction reads. So:
+
+- the same salts: the log has only grown, and goes on where the service's position is, if the frame
+  there bears the checksums that the service has;
+- other salts, and the service's position is the end of `Lock`: the new log follows it
+  (`offset=0&after_lsn=`);
+- anything else: frames may have been missed, and only a new image makes it right.
+"""
+
+from dataclasses import dataclass
+
+from app.replication.wal_index import Checksums, Log, Salts
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    log_bytes: int = 64 * MIB
+    """With the service away, a log beyond this lets go of the read lock."""
+    unsent_bytes: int = 512 * MIB
+    """A service that is behind by more than this is not waited for either."""
+    checkpoint_bytes: int = 4 * MIB
+    """A log of this size is copied into the database file, as SQLite itself does by default."""
+    carried_bytes: int = 8 * MIB
+    """Frames held in memory across a sqlite_checkpoint; with more to send, it waits."""
+    request_bytes: int = 64 * MIB
+    request_bytes_max: int = 1024 * MIB - MIB
+    """A transaction longer than a request makes it grow up to this: what the service takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """How far the service has a log of this database."""
+
+    last_lsn: int
+    salts: Salts | None
+    offset: int
+    checksums: Checksums | None = None
+    """None: this process sent the frames itself and was answered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carried:
+    """Frames read before the lock was renewed: the log may have been restarted since."""
+
+    salts: Salts
+    offset: int
+    data: bytes
+
+    @property
+    def end(self) -> int:
+        return self.offset + len(self.data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """All that a decision rests on."""
+
+    log: Log
+    lock: Log | None
+    position: Position | None
+    found_checksums: Checksums | None
+    """Those of the local frame that ends at the position's offset, if its salts are the log's."""
+    carried: Carried | None
+    away: bool
+    """The service did not answer, and it is not yet time to ask again."""
+    may_checkpoint: bool
+    image_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AskPosition:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class TakeLock:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class LetGo:
+    """Of the read lock, so that the log can be restarted."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendWal:
+    offset: int
+    end: int
+    after_lsn: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SendCarried:
+    start: int
+    """Within the carried bytes."""
+    after_lsn: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SendImage:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SqliteCheckpoint:
+    """Let the application's next write restart the log."""
+
+    offset: int
+    """Frames from here are carried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    caught_up: bool
+
+
+Action = (
+    AskPosition | TakeLock | LetGo | SendWal | SendCarried | SendImage | SqliteCheckpoint | Wait
+)
+
+
+def decide(view: View, limits: Limits) -> Action:
+    if view.lock is None:
+        if view.away:
+            return Wait(caught_up=False)
+        return AskPosition() if view.position is None else TakeLock()
+    if view.away:
+        if view.log.end > limits.log_bytes:
+            return LetGo("the service is away")
+        return Wait(caught_up=False)
+    if view.position is None:
+        return AskPosition()
+    if view.image_reason is not None:
+        return SendImage(view.image_reason)
+    return _go_on(view, view.position, view.lock, limits)
+
+
+def unsent_bytes(log: Log, position: Position | None, carried: Carried | None) -> int:
+    """How far the service is behind, as far as that can be told."""
+    if position is None:
+        return log.end
+    if position.salts == log.salts:
+        return max(0, log.end - position.offset)
+    held = carried.end - position.offset if carried and carried.salts == position.salts else 0
+    return log.end + max(0, held)
+
+
+def _go_on(view: View, position: Position, lock: Log, limits: Limits) -> Action:
+    log, carried = view.log, view.carried
+    if position.offset > 0 and position.salts == log.salts:
+        if reason := _mismatch(view, position):
+            return SendImage(reason)
+        return _same_log(view, position, limits)
+    if (
+        carried is not None
+        and carried.salts == position.salts
+        and carried.offset <= position.offset < carried.end
+    ):
+        return SendCarried(position.offset - carried.offset)
+    if not _is_at(position, lock):
+        return SendImage(_why_not(position))
+    if log.frames == 0:
+        return Wait(caught_up=True)
+    if log.end > limits.unsent_bytes:
+        return LetGo("the service is too far behind")
+    return SendWal(0, log.end, position.last_lsn)
+
+
+def _same_log(view: View, position: Position, limits: Limits) -> Action:
+    log = view.log
+    unsent = log.end - position.offset
+    if unsent > limits.unsent_bytes:
+        return LetGo("the service is too far behind")
+    if view.may_checkpoint and _is_checkpoint_due(view, limits) and unsent <= limits.carried_bytes:
+        return SqliteCheckpoint(position.offset)
+    if unsent > 0:
+        return SendWal(position.offset, log.end, None)
+    return Wait(caught_up=True)
+
+
+def _is_checkpoint_due(view: View, limits: Limits) -> bool:
+    """Not again while the log waits for the write that restarts it."""
+    log, lock = view.log, view.lock
+    done = lock is not None and lock.end == log.end and log.backfilled == log.frames
+    return log.end >= limits.checkpoint_bytes and not done
+
+
+def _mismatch(view: View, position: Position) -> str | None:
+    if position.offset > view.log.end:
+        return "the log is shorter than what the service has of it"
+    if position.checksums is not None and position.checksums != view.found_checksums:
+        return "the log differs from what the service has of it"
+    return None
+
+
+def _is_at(position: Position, lock: Log) -> bool:
+    return (
+        position.salts == lock.salts
+        and position.offset == lock.end
+        and position.checksums in {None, lock.checksums}
+    )
+
+
+def _why_not(position: Position) -> str:
+    if position.last_lsn == 0:
+        return "the service has nothing of it yet"
+    return "the log was restarted unseen"

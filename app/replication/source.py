@@ -1,0 +1,359 @@
+"""One live SQLite database file: its lock, its committed log, its image. Everything here blocks.
+
+Invariants: while `lock` is not None, a read transaction has been held without a break since the log
+was as `lock` says (see `plan`). Bytes that are given out of the log were committed.
+Concurrency: one call at a time, from any thread. SQLite's locks belong to the process, and closing
+any descriptor of the database file or of `-shm` would drop them all: both are opened once, here,
+and closed behind the last connection. No second Source of one file may live in a process.
+Crash: the system drops the locks; nothing is left behind but what SQLite itself recovers.
+
+Connections: the tailer holds the read transaction; it is read-only, so that closing it last leaves
+the log where it is (a closing last writer would copy the log and delete it, and the next run would
+have to send an image). The guard holds BEGIN IMMEDIATE and never writes. The third one runs
+sqlite_checkpoints. None of them does so by itself.
+"""
+
+import contextlib
+import os
+import sqlite3
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Self
+
+from app.replication.plan import Carried
+from app.replication.wal_index import (
+    FRAME_HEADER_BYTES,
+    INDEX_BYTES,
+    LOG_HEADER_BYTES,
+    Checksums,
+    Log,
+    Salts,
+    parse_frame,
+    parse_index,
+    parse_log_salts,
+)
+
+PIECE_BYTES = 1024 * 1024
+HEADER_BYTES = 100
+MAGIC = b"SQLite format 3\x00"
+BUSY_SECONDS = 2.0
+INDEX_READS_MAX = 100
+SIDE_FILES = ("-wal", "-shm", "-journal")
+
+FileId = tuple[int, int]
+
+
+class SourceProblem(Exception):
+    """The file cannot be followed now; another try later may do better."""
+
+
+class NotFollowable(Exception):
+    """The file cannot be followed as it is: someone has to change something."""
+
+
+class LogMoved(Exception):
+    """The log was restarted while it was read: the bytes are not those asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """The database as of the end of `log`, readable while the lock is held."""
+
+    log: Log
+    frames_of_pages: Mapping[int, int]
+    """Pages whose content stands in the log: page number to frame number, from 0."""
+
+    @property
+    def content_bytes(self) -> int:
+        return self.log.page_count * self.log.page_size
+
+
+def file_id(path: Path) -> FileId | None:
+    """None where there is no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+class Source:
+    """`open_blocking` makes one."""
+
+    def __init__(self, path: Path, database_fd: int) -> None:
+        self.path = path
+        self.lock: Log | None = None
+        self._database_fd = database_fd
+        self._log_fd = -1
+        self._index_fd = -1
+        self._connections: list[sqlite3.Connection] = []
+        status = os.fstat(database_fd)
+        self.file_id: FileId = (status.st_dev, status.st_ino)
+
+    @classmethod
+    def open_blocking(cls, path: Path, *, set_wal: bool = False) -> Self:
+        """Raises SourceProblem, NotFollowable."""
+        real = Path(os.path.realpath(path))
+        try:
+            # writable, though nothing is written: on an overlay file system a descriptor of the
+            # lower layer would not see what SQLite writes to the upper one
+            descriptor = os.open(real, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise SourceProblem(f"{path} cannot be opened: {error.strerror}") from error
+        source = cls(real, descriptor)
+        try:
+            source._open(set_wal=set_wal)
+        except sqlite3.Error as error:
+            source.close_blocking()
+            raise SourceProblem(f"{path} cannot be opened: {error}") from error
+        except OSError as error:
+            source.close_blocking()
+            raise SourceProblem(f"{path} cannot be opened: {error.strerror}") from error
+        except BaseException:
+            source.close_blocking()
+            raise
+        return source
+
+    def close_blocking(self) -> None:
+        self.lock = None
+        # the read-only one is the first of them, so it closes last
+        for connection in reversed(self._connections):
+            with contextlib.suppress(sqlite3.Error):
+                connection.close()
+        self._connections = []
+        for descriptor in (self._index_fd, self._log_fd, self._database_fd):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._index_fd = self._log_fd = self._database_fd = -1
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the path still names this file."""
+        return file_id(self.path) == self.file_id
+
+    # --- the lock
+
+    def take_lock_blocking(self) -> None:
+        """Raises SourceProblem."""
+        with self._writers_out():
+            self._renew()
+
+    def let_go_blocking(self) -> None:
+        self.lock = None
+        self._rollback(self._tailer)
+
+    def sqlite_checkpoint_blocking(
+        self, *, salts: Salts, offset: int, carried_bytes_max: int
+    ) -> Carried | None:
+        """Copies the log into the database file, so that the next write restarts it. The frames
+        from `offset` on are given out: they may be overwritten from now on. None if the log has
+        grown too long for that, or is another: nothing was done. Raises SourceProblem, with the
+        lock gone if it could not be taken again.
+        """
+        with self._writers_out():
+            log = self._log_or_problem()
+            if log.salts != salts or not 0 <= log.end - offset <= carried_bytes_max:
+                return None
+            data = self.read_log_blocking(salts=salts, offset=offset, end=log.end)
+            self._renew(passive_checkpoint=True)
+            return Carried(salts=salts, offset=offset, data=data)
+
+    def backfill_blocking(self) -> None:
+        """Without the lock: shortens a log that nobody else shortens."""
+        with contextlib.suppress(sqlite3.Error):
+            self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+
+    # --- the log
+
+    def log_blocking(self) -> Log | None:
+        """The committed log; None while it is being rebuilt."""
+        for _ in range(INDEX_READS_MAX):
+            log = parse_index(os.pread(self._index_fd, INDEX_BYTES, 0))
+            if log is not None:
+                return log
+        return None
+
+    def read_log_blocking(self, *, salts: Salts, offset: int, end: int) -> bytes:
+        """Raises LogMoved. The log's index changes before its frames are overwritten, so looking
+        at it behind the read tells whether the bytes are still those of `salts`.
+        """
+        data = _read_whole(self._log_fd, end - offset, offset)
+        log = self.log_blocking()
+        if log is None or log.salts != salts or log.end < end or len(data) < end - offset:
+            raise LogMoved
+        if offset == 0 and parse_log_salts(data) != salts:
+            raise LogMoved
+        return data
+
+    def checksums_at_blocking(self, log: Log, offset: int) -> Checksums | None:
+        """Those of the frame that ends at `offset`, if there is one with the salts of `log`."""
+        start = offset - log.frame_bytes
+        if start < LOG_HEADER_BYTES or offset > log.end:
+            return None
+        if (start - LOG_HEADER_BYTES) % log.frame_bytes:
+            return None
+        frame = parse_frame(os.pread(self._log_fd, FRAME_HEADER_BYTES, start))
+        return frame.checksums if frame is not None and frame.salts == log.salts else None
+
+    # --- the image
+
+    def image_blocking(self) -> Image:
+        """Takes the lock anew and fixes an image to it. Raises SourceProblem.
+
+        It is exact: with writers locked out, the end of the log is the state that the read
+        transaction sees. Pages with a frame in the log up to there are read from the log, which
+        the transaction keeps from being restarted. The others are read from the database file,
+        which a sqlite_checkpoint changes only by pages of the first kind, because it goes no
+        further than the oldest reader. If the whole log has been copied, the file alone is the
+        image: then the transaction reads the file, and SQLite lets nobody change it.
+        """
+        with self._writers_out():
+            self._renew(passive_checkpoint=True)
+            log = self._log_or_problem()
+            copied = log.backfilled >= log.frames
+            return Image(
+                log=log,
+                frames_of_pages=MappingProxyType({} if copied else self._frames_of_pages(log)),
+            )
+
+    def read_image_blocking(self, image: Image, offset: int) -> bytes:
+        """At most a piece of it; nothing at its end. The lock is held since `image` was made."""
+        assert self.lock is not None, "an image is as good as its lock"
+        page_size = image.log.page_size
+        count = min(PIECE_BYTES, image.content_bytes - offset)
+        data = bytearray(_read_whole(self._database_fd, count, offset))
+        # a page behind the end of the file reads as zeros, as it does in SQLite
+        data.extend(bytes(count - len(data)))
+        if image.frames_of_pages:
+            first = offset // page_size + 1
+            for page_no in range(first, first + count // page_size):
+                frame = image.frames_of_pages.get(page_no)
+                if frame is not None:
+                    at = LOG_HEADER_BYTES + frame * image.log.frame_bytes + FRAME_HEADER_BYTES
+                    start = (page_no - first) * page_size
+                    data[start : start + page_size] = _read_whole(self._log_fd, page_size, at)
+        return bytes(data)
+
+    # --- inside
+
+    def _open(self, *, set_wal: bool) -> None:
+        header = os.pread(self._database_fd, HEADER_BYTES, 0)
+        if not header:
+            raise SourceProblem(f"{self.path} is empty: no database has been made of it yet")
+        if not header.startswith(MAGIC):
+            raise NotFollowable(f"{self.path} is not a SQLite database")
+        if header[18] != 2 or header[19] != 2:
+            self._switch_to_wal(set_wal)
+        guard = self._connect("rw")
+        # makes -wal and -shm where they are missing, and recovers them after a crash
+        guard.execute("BEGIN IMMEDIATE")
+        guard.execute("ROLLBACK")
+        self._index_fd = os.open(f"{self.path}-shm", os.O_RDONLY | os.O_CLOEXEC)
+        self._log_fd = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
+        self._connections = [self._connect("ro"), guard, self._connect("rw")]
+        # opened now, so that a file that is moved later is not opened anew by its name
+        for connection in self._connections:
+            connection.execute("PRAGMA schema_version").fetchone()
+
+    def _switch_to_wal(self, set_wal: bool) -> None:
+        if not set_wal:
+            raise NotFollowable(
+                f"{self.path} is not in WAL mode; --set-wal, or PRAGMA journal_mode=WAL, changes it"
+            )
+        with contextlib.closing(self._connect("rw")) as connection:
+            (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
+        self._connections = []
+        if mode != "wal":
+            raise NotFollowable(f"{self.path} stays in journal mode {mode}")
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            f"{self.path.as_uri()}?mode={mode}",
+            uri=True,
+            timeout=BUSY_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        self._connections.append(connection)
+        connection.execute("PRAGMA wal_autocheckpoint=0")
+        return connection
+
+    @property
+    def _tailer(self) -> sqlite3.Connection:
+        return self._connections[0]
+
+    @property
+    def _guard(self) -> sqlite3.Connection:
+        return self._connections[1]
+
+    @property
+    def _checkpointer(self) -> sqlite3.Connection:
+        return self._connections[2]
+
+    @contextlib.contextmanager
+    def _writers_out(self) -> "contextlib.AbstractContextManager[None]":
+        try:
+            self._guard.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            raise SourceProblem(f"{self.path}: {error}") from error
+        try:
+            yield
+        finally:
+            self._rollback(self._guard)
+
+    def _renew(self, *, passive_checkpoint: bool = False) -> None:
+        """The read transaction anew, with writers locked out: nothing is committed meanwhile."""
+        self.let_go_blocking()
+        try:
+            if passive_checkpoint:
+                self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            self._tailer.execute("BEGIN")
+            self._tailer.execute("PRAGMA schema_version").fetchone()
+            self.lock = self._log_or_problem()
+        except sqlite3.Error as error:
+            self.let_go_blocking()
+            raise SourceProblem(f"{self.path}: {error}") from error
+        except SourceProblem:
+            self.let_go_blocking()
+            raise
+
+    def _log_or_problem(self) -> Log:
+        log = self.log_blocking()
+        if log is None:
+            raise SourceProblem(f"{self.path}-shm is being rebuilt")
+        return log
+
+    def _frames_of_pages(self, log: Log) -> dict[int, int]:
+        """The last frame of each page of the database."""
+        found: dict[int, int] = {}
+        per_read = max(1, 4 * PIECE_BYTES // log.frame_bytes)
+        numbers = struct.Struct(f">I{log.frame_bytes - 4}x")
+        for first in range(0, log.frames, per_read):
+            count = min(per_read, log.frames - first)
+            data = _read_whole(
+                self._log_fd, count * log.frame_bytes, LOG_HEADER_BYTES + first * log.frame_bytes
+            )
+            pages = (page_no for (page_no,) in numbers.iter_unpack(data))
+            found.update(zip(pages, range(first, first + count), strict=True))
+        return found
+
+    def _rollback(self, connection: sqlite3.Connection) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+
+
+def _read_whole(descriptor: int, count: int, offset: int) -> bytes:
+    """Less than `count` only at the end of the file."""
+    pieces: list[bytes] = []
+    while count > 0:
+        piece = os.pread(descriptor, count, offset)
+        if not piece:
+            break
+        pieces.append(piece)
+        count -= len(piece)
+        offset += len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)

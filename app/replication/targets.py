@@ -1,0 +1,179 @@
+"""Which files go to which databases.
+
+A configuration is TOML, a list of:
+
+    [[follow]]
+    file = "/var/lib/app/main.db"
+    database = "acme/main"
+
+    [[follow]]
+    directory = "/var/lib/app/tenants"
+    pattern = "*.db"                # the default; "*/data" for sqld's namespaces
+    database = "acme/{stem}"        # {stem}: the file's name without its suffix; {parent}: its
+                                    # directory's name
+
+Relative paths start from the configuration's own directory. In a directory every SQLite database
+that matches is followed, also one that is made later.
+"""
+
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.replication.follower import Target
+from app.replication.source import MAGIC, SIDE_FILES, FileId, file_id
+
+DEFAULT_PATTERN = "*.db"
+_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
+_FIELD = re.compile(r"\{(\w*)\}")
+_KEYS = frozenset({"file", "directory", "pattern", "database"})
+
+
+class BadTargets(ValueError):
+    """The configuration is wrong; the text says where and how."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRule:
+    path: Path
+    database: str
+    """TENANT/DATABASE."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectoryRule:
+    path: Path
+    pattern: str
+    database: str
+    """TENANT/DATABASE with fields."""
+
+
+Rule = FileRule | DirectoryRule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    targets: tuple[Target, ...]
+    unnamed: tuple[tuple[Path, str], ...]
+    """Files that match, and why they have no database to go to."""
+
+
+def rule_for(path: Path, database: str) -> Rule:
+    """A file, or a directory: then TENANT alone takes the files' names. Raises BadTargets."""
+    if path.is_dir():
+        template = database if "/" in database else f"{database}/{{stem}}"
+        return _directory_rule(path, DEFAULT_PATTERN, template)
+    if split_name(database) is None:
+        raise BadTargets(f"{database!r} is not TENANT/DATABASE")
+    return FileRule(path=path, database=database)
+
+
+def load_rules_blocking(config: Path) -> list[Rule]:
+    """Raises BadTargets."""
+    try:
+        document = tomllib.loads(config.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadTargets(f"{config} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadTargets(f"{config} is not TOML: {error}") from error
+    entries = document.get("follow")
+    if set(document) != {"follow"} or not isinstance(entries, list) or not entries:
+        raise BadTargets(f"{config} must hold [[follow]] entries and nothing else")
+    return [
+        _rule(entry, config.parent, f"{config}, entry {number}")
+        for number, entry in enumerate(entries, 1)
+    ]
+
+
+def find_targets_blocking(rules: list[Rule], open_files: frozenset[FileId]) -> Found:
+    """The files as they are now. Those of `open_files` are not opened to look at them: closing
+    them again would drop SQLite's locks.
+    """
+    targets: dict[Path, Target] = {}
+    unnamed: list[tuple[Path, str]] = []
+    for rule in rules:
+        for path in _paths(rule, open_files):
+            stem = path.name if path.name.startswith(".") else path.name.split(".")[0]
+            values = {"stem": stem.lower(), "parent": path.parent.name.lower()}
+            name = _FIELD.sub(lambda match: values[match[1]], rule.database)  # noqa: B023
+            parts = split_name(name)
+            if parts is None:
+                unnamed.append((path, f"{name!r} is no name of a database"))
+            elif path not in targets:
+                targets[path] = Target(path=path, tenant=parts[0], database=parts[1])
+    return Found(targets=tuple(targets.values()), unnamed=tuple(unnamed))
+
+
+def directories(rules: list[Rule]) -> set[Path]:
+    """Where files may come and go: what is watched besides the files' own directories."""
+    found: set[Path] = set()
+    for rule in rules:
+        if isinstance(rule, DirectoryRule) and rule.path.is_dir():
+            found.add(rule.path)
+            if "/" in rule.pattern:
+                found |= {path for path in rule.path.iterdir() if path.is_dir()}
+    return found
+
+
+def split_name(text: str) -> tuple[str, str] | None:
+    tenant, slash, database = text.partition("/")
+    if slash and _NAME.fullmatch(tenant) and _NAME.fullmatch(database):
+        return tenant, database
+    return None
+
+
+def _paths(rule: Rule, open_files: frozenset[FileId]) -> list[Path]:
+    if isinstance(rule, FileRule):
+        return [rule.path]
+    return [
+        path
+        for path in sorted(rule.path.glob(rule.pattern))
+        if not path.name.endswith(SIDE_FILES) and _is_database(path, open_files)
+    ]
+
+
+def _is_database(path: Path, open_files: frozenset[FileId]) -> bool:
+    found = file_id(path)
+    if found is None or not path.is_file():
+        return False
+    if found in open_files:
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def _rule(entry: Any, base: Path, where: str) -> Rule:
+    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+        raise BadTargets(f"{where}: every value is a string")
+    if unknown := set(entry) - _KEYS:
+        raise BadTargets(f"{where}: unknown {', '.join(sorted(unknown))}")
+    if ("file" in entry) == ("directory" in entry):
+        raise BadTargets(f"{where}: needs a file or a directory")
+    if "database" not in entry:
+        raise BadTargets(f"{where}: needs a database")
+    if "file" in entry:
+        if "pattern" in entry:
+            raise BadTargets(f"{where}: a pattern belongs to a directory")
+        if split_name(entry["database"]) is None:
+            raise BadTargets(f"{where}: {entry['database']!r} is not TENANT/DATABASE")
+        return FileRule(path=base / entry["file"], database=entry["database"])
+    try:
+        return _directory_rule(
+            base / entry["directory"], entry.get("pattern", DEFAULT_PATTERN), entry["database"]
+        )
+    except BadTargets as error:
+        raise BadTargets(f"{where}: {error}") from error
+
+
+def _directory_rule(path: Path, pattern: str, template: str) -> DirectoryRule:
+    fields = _FIELD.findall(template)
+    if not fields or not set(fields) <= {"stem", "parent"}:
+        raise BadTargets(f"{template!r} must name each file by {{stem}} or {{parent}}")
+    if split_name(_FIELD.sub("x", template)) is None:
+        raise BadTargets(f"{template!r} is not TENANT/DATABASE")
+    return DirectoryRule(path=path, pattern=pattern, database=template)
