@@ -146,7 +146,7 @@ async def test_a_stale_if_match_appends_nothing(log):
 
 async def test_lsns_that_cannot_be_named(log):
     await log.client.post(URL, content=pack_records([b"a", b"b"]), headers=FRAMED)
-    for query in ("from_lsn=0", "from_lsn=-1", "from_lsn=x", "from_lsn=1&limit=0", ""):
+    for query in ("from_lsn=0", "from_lsn=-1", "from_lsn=x", "from_lsn=1&limit=0"):
         answer = await log.client.get(f"{URL}?{query}")
         assert answer.status_code in {422, 410}, (query, answer.text)
         assert answer.headers["content-type"] == "application/problem+json"

@@ -258,9 +258,7 @@ async def test_an_empty_log_starts_at_its_floor(place: Place) -> None:
         assert (await append(log, b"a")).first_lsn == 77
 
 
-async def test_an_append_outlives_its_caller(
-    log: WalLog, hold_at: Callable[[str], Hold]
-) -> None:
+async def test_an_append_outlives_its_caller(log: WalLog, hold_at: Callable[[str], Hold]) -> None:
     hold = hold_at("wal.before_write")
     leaver = asyncio.ensure_future(append(log, b"gone"))
     await hold.reached()
@@ -274,9 +272,7 @@ async def test_an_append_outlives_its_caller(
     assert list(read_all(log).values()) == [b"gone", b"gone too", b"here"]
 
 
-async def test_a_full_queue_refuses_at_once(
-    log: WalLog, hold_at: Callable[[str], Hold]
-) -> None:
+async def test_a_full_queue_refuses_at_once(log: WalLog, hold_at: Callable[[str], Hold]) -> None:
     log._queue = group_commit.AppendQueue(bytes_max=50, count_max=3)
     hold = hold_at("wal.before_write")
     tasks = [asyncio.ensure_future(append(log, b"first"))]
