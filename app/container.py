@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from migrations.runner import load_steps
-
 from app.core.base.clock import Clock, Randomness, SystemClock, SystemRandomness
-from app.core.base.errors import StartRefused
+from app.core.base.errors import OwnershipLost, StartRefused
 from app.core.base.events import Events
 from app.core.base.ids import new_ulid
 from app.core.base.tasks import BlockingPool
@@ -52,6 +50,7 @@ from app.core.workers.supervisor import Supervisor
 from app.core.workers.wal_sweep import WalSweep
 from app.settings import Settings
 from app.wal_catalog import ManifestSegmentCatalog
+from migrations.runner import load_steps
 
 OnFatal = Callable[[BaseException], None]
 Status = Literal["starting", "ready", "stopping", "failed"]
@@ -154,11 +153,17 @@ async def open_container(
             events=events,
             fresh=fresh,
         )
-        await claim.attempt()  # a prefix that is not ours is refused before anything is served
+        try:  # a prefix that is not ours is refused before anything is served
+            await claim.attempt()
+        except OwnershipLost as error:
+            raise StartRefused(str(error)) from error
         await manifest.commit(ManifestBatch(ops=(DropForeignLeases(),), reason="lease.dropped"))
 
         quota = StorageQuota(
-            global_limit_bytes=settings.quota_global_bytes, clock=clock, events=events
+            global_limit_bytes=settings.quota_global_bytes,
+            drain_limit_bytes=settings.drain_reserve_bytes,
+            clock=clock,
+            events=events,
         )
         hot_cache = await HotCache.open(
             settings.data_dir / "hot_cache",
@@ -166,6 +171,7 @@ async def open_container(
             pool=ground.pool,
             events=events,
         )
+        quota.add_reclaimer(hot_cache)
         wal = WalStore(
             settings.data_dir / "wal",
             clock=clock,
@@ -285,6 +291,10 @@ async def open_container(
             container.begin_shutdown()
 
 
+def _no_progress(read: int, total: int) -> None:
+    del read, total
+
+
 async def recover(
     settings: Settings, *, progress: Callable[[int, int], None] = _no_progress
 ) -> RecoverReport:
@@ -382,10 +392,6 @@ def remote_options(settings: Settings) -> RemoteOptions:
         retry_base_seconds=settings.remote_retry_base_seconds,
         retry_cap_seconds=settings.remote_retry_cap_seconds,
     )
-
-
-def _no_progress(read: int, total: int) -> None:
-    del read, total
 
 
 def _raise_fatal(error: BaseException) -> None:

@@ -76,6 +76,8 @@ class Settings(BaseSettings):
 
     # --- room
     quota_global_bytes: int = Field(default=64 * GIB, ge=1)
+    drain_reserve_bytes: int = Field(default=256 * MIB, ge=0)
+    """On top of the quota, for checkpoints alone: what frees WAL can always run."""
     wal_budget_bytes: int = Field(default=8 * GIB, ge=1)
     page_cache_bytes: int = Field(default=64 * MIB, ge=0)
     hot_cache_bytes: int = Field(default=4 * GIB, ge=0)

@@ -3,7 +3,7 @@
 from app.core.stores.manifest.ops import ManifestBatch, RegisterSegment, SealSegment
 from app.core.stores.manifest.records import WalSegmentRecord
 from app.core.stores.manifest.store import ManifestStore
-from app.core.stores.wal.log import SegmentInfo
+from app.core.stores.wal.segments import SegmentInfo
 
 
 class ManifestSegmentCatalog:

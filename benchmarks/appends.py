@@ -1,4 +1,4 @@
-"""Durable appends: large ones against the disk and a bare drain, small ones against a bare route."""
+"""Durable appends: large ones against disk and bare drain, small ones against a bare route."""
 
 import os
 import time
@@ -64,9 +64,7 @@ async def small(work: Path, *, seconds: float = 6.0, connections: int = 64) -> R
 
 async def _create(port: int) -> None:
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-        answer = await client.put(
-            "/tenants/bench/databases/log", json={"engine": "append_only"}
-        )
+        answer = await client.put("/tenants/bench/databases/log", json={"engine": "append_only"})
         answer.raise_for_status()
 
 

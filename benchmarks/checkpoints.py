@@ -8,14 +8,15 @@ from pathlib import Path
 
 import httpx
 
-from app.core.base.clock import SystemClock, SystemRandomness
-from app.core.base.events import Events
+from app.core.base.tasks import BlockingPool
 from app.core.formats.crc64 import crc64, encode_crc64
 from app.core.formats.record_framing import pack_records
+from app.core.stores.remote.s3_body import FileStream
+from app.core.stores.remote.s3_client import S3Options, open_client
 from benchmarks.http_load import post, run_load
 from benchmarks.report import Result, at_least, at_most
 from benchmarks.service import peak_rss_mib, service
-from tests.helpers.seaweed import SeaweedS3, running_seaweed
+from tests.helpers.seaweed import SeaweedS3
 
 MIB = 1024 * 1024
 CHUNKS = 16
@@ -24,8 +25,8 @@ RSS_LIMIT_MIB = 250.0
 
 
 async def sixteen_chunks(work: Path) -> list[Result]:
-    async with running_seaweed(work / "seaweed") as seaweed:
-        bucket = await seaweed.make_bucket("bench")
+    with SeaweedS3.running(work / "seaweed") as seaweed:
+        bucket = seaweed.bucket()
         files = [_chunk_file(work / f"raw-{number}", number) for number in range(CHUNKS)]
         before = await _raw_puts(seaweed, bucket, files, round_=0)
         seconds, rss = await _service_checkpoint(work, seaweed, bucket)
@@ -43,22 +44,18 @@ async def sixteen_chunks(work: Path) -> list[Result]:
     ]  # fmt: skip
 
 
-async def _service_checkpoint(
-    work: Path, seaweed: SeaweedS3, bucket: str
-) -> tuple[float, float]:
+async def _service_checkpoint(work: Path, seaweed: SeaweedS3, bucket: str) -> tuple[float, float]:
     """Seconds from the job's start to its end, and the server's peak RSS in MiB."""
     settings = {
         "remote_url": f"s3://{bucket}/service",
         "s3_endpoint_url": seaweed.endpoint,
-        "s3_region": "us-east-1",
+        "s3_region": seaweed.region,
         "wal_budget_bytes": str(16 << 30),
         "upload_concurrency": str(UPLOADS),
     }
-    os.environ.update(seaweed.environment)
+    os.environ.update(seaweed.environment())
     async with service(work / "service", **settings) as (port, process):
-        async with httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{port}", timeout=120
-        ) as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             (await client.put("/tenants/bench/databases/log", json={"engine": "append_only"}))
             for number in range(CHUNKS * 4):
                 body = pack_records([os.urandom(4092)] * (16 * MIB // 4096 - 8))
@@ -73,9 +70,7 @@ async def _service_checkpoint(
                 if outcome.failures:
                     raise RuntimeError(f"append {number} failed")
             started = time.perf_counter()
-            answer = await client.post(
-                "/checkpoints", json={"tenant": "bench", "database": "log"}
-            )
+            answer = await client.post("/checkpoints", json={"tenant": "bench", "database": "log"})
             job = answer.json()
             while job["state"] in ("pending", "in_flight"):
                 job = (await client.get(f"/checkpoints/{job['id']}?wait=30")).json()
@@ -95,22 +90,36 @@ def _chunk_file(path: Path, number: int) -> Path:
 
 async def _raw_puts(seaweed: SeaweedS3, bucket: str, files: list[Path], *, round_: int) -> float:
     """aiobotocore alone: the same body object and checksum header, as many at once."""
-    from app.core.stores.remote.s3 import open_client  # noqa: PLC0415 - only this ceiling needs it
-    from app.core.stores.remote.s3_body import FileStream  # noqa: PLC0415
-
-    del SystemClock, SystemRandomness, Events
     gate = asyncio.Semaphore(UPLOADS)
+    os.environ.update(seaweed.environment())
+    pool = BlockingPool("bench", threads=UPLOADS)
     async with AsyncExitStack() as stack:
-        client = await open_client(stack, seaweed.options())
+        stack.callback(pool.close_blocking)
+        client = await open_client(
+            stack,
+            S3Options(bucket=bucket, endpoint_url=seaweed.endpoint, region=seaweed.region),
+        )
+        checksums = {path: crc64(path.read_bytes()) for path in files}
 
         async def put(path: Path) -> None:
             async with gate:
-                data = path.read_bytes()
-                await client.put_object(
-                    Bucket=bucket, Key=f"raw-{round_}/{path.name}", Body=FileStream(path),
-                    ContentLength=len(data), ChecksumCRC64NVME=encode_crc64(crc64(data)),
-                )  # fmt: skip
+                fd = os.open(path, os.O_RDONLY)
+                try:
+                    size = path.stat().st_size
+                    await client.put_object(
+                        Bucket=bucket,
+                        Key=f"raw-{round_}/{path.name}",
+                        Body=FileStream(fd, first=0, length=size, pool=pool, progress=_no_progress),
+                        ContentLength=size,
+                        ChecksumCRC64NVME=encode_crc64(checksums[path]),
+                    )
+                finally:
+                    os.close(fd)
 
         started = time.perf_counter()
         await asyncio.gather(*(put(path) for path in files))
         return time.perf_counter() - started
+
+
+def _no_progress() -> None:
+    """The raw upload watches no deadline."""

@@ -121,9 +121,7 @@ async def run_load(
 
     loop = asyncio.get_running_loop()
     opened = [
-        await loop.create_connection(
-            lambda: _Connection(next_request, outcome), "127.0.0.1", port
-        )
+        await loop.create_connection(lambda: _Connection(next_request, outcome), "127.0.0.1", port)
         for _ in range(connections)
     ]
     await asyncio.gather(*(connection.done for _, connection in opened))

@@ -1,7 +1,7 @@
 """`make load`: many clients on many databases of one service, with checkpoints all the while.
 
-Bounded in time (`--seconds`). It prints what was done and how long it took, and fails if an append or
-a checkpoint failed, or if what reads back is not what was acknowledged.
+Bounded in time (`--seconds`). It prints what was done and how long it took, and fails if an append
+or a checkpoint failed, or if what reads back is not what was acknowledged.
 """
 
 import argparse

@@ -17,9 +17,7 @@ class Result:
     met: bool
 
 
-def at_least(
-    name: str, *, measured: float, ceiling: float, unit: str, target: float
-) -> Result:
+def at_least(name: str, *, measured: float, ceiling: float, unit: str, target: float) -> Result:
     """A rate against the rate of the raw ceiling: the higher the better."""
     ratio = measured / ceiling
     return Result(

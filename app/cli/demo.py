@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
 MIB = 1024 * 1024
 TENANT = "demo"
-SPARSE_FILE = "data.mdb"
-"""The manifest's map: its length says nothing about its size."""
+BLOCK_BYTES = 512  # of st_blocks, whatever the file system's own are
 
 
 def demo(
@@ -147,12 +146,9 @@ def lose_disk(data_dir: Path, stage: Stage) -> None:
     """Everything of the data directory goes, but the remote store."""
     with stage.step("Lose the disk") as (step, _):
         lost = sorted(path for path in data_dir.iterdir() if path.name != "remote")
-        step.bytes = sum(
-            file.stat().st_size
-            for path in lost
-            for file in ([path] if path.is_file() else path.rglob("*"))
-            if file.is_file() and file.name != SPARSE_FILE
-        )
+        files = (file for path in lost for file in (path, *path.rglob("*")) if file.is_file())
+        used = {stat.st_ino: stat.st_blocks for stat in map(Path.stat, files)}
+        step.bytes = sum(used.values()) * BLOCK_BYTES  # links once, and no holes
         for path in lost:
             path.unlink() if path.is_file() else rmtree(path)
         step.note = f"deleted {', '.join(path.name for path in lost)}"

@@ -1,7 +1,8 @@
 """`checkpoint` and `jobs`."""
 
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -135,7 +136,7 @@ def cancel(context: typer.Context, job_id: JobArgument) -> None:
 
 
 async def followed(
-    screen: Screen, changes: "AsyncIterator[Job]", *, tell_each: bool = False
+    screen: Screen, changes: "AsyncGenerator[Job, None]", *, tell_each: bool = False
 ) -> "Job":
     """The job once it has ended, its progress shown meanwhile: a bar on a terminal, and, if
     `tell_each`, a line for each change where there is none.
@@ -143,17 +144,18 @@ async def followed(
     job: Job | None = None
     lines = tell_each and (screen.as_json or not sys.stderr.isatty())
     with screen.meter() as meter:
-        async for job in changes:
-            progress = job.progress
-            meter(
-                f"{job.tenant}/{job.database} {step_text(job)}",
-                progress.uploaded_bytes,
-                progress.total_bytes or None,
-            )
-            if lines and screen.as_json:
-                screen.document(job)
-            elif lines:
-                screen.note(f"{step_text(job)} {progress_text(job)}")
+        async with aclosing(changes):
+            async for job in changes:
+                progress = job.progress
+                meter(
+                    f"{job.tenant}/{job.database} {step_text(job)}",
+                    progress.uploaded_bytes,
+                    progress.total_bytes or None,
+                )
+                if lines and screen.as_json:
+                    screen.document(job)
+                elif lines:
+                    screen.note(f"{step_text(job)} {progress_text(job)}")
     assert job is not None, "a watched job is seen at least once"
     return job
 

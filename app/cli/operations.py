@@ -1,6 +1,7 @@
 """`leases`, `manifest` and `fsck`: what an on-call engineer looks at."""
 
 import asyncio
+from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -83,21 +84,13 @@ def change_log(
     rows: list[list[str]] = []
 
     async def work(client: "BopClient") -> None:
-        one: Change
-        async for one in client.operations.change_log(after=after, limit=limit):
-            if session.screen.as_json:
-                session.screen.document(one)
-                continue
-            rows.append(
-                [
-                    str(one.sequence),
-                    time_text(one.committed_at),
-                    f"{one.tenant}/{one.database}",
-                    str(one.generation),
-                    one.reason,
-                    str(len(one.ops)),
-                ]
-            )
+        changes = client.operations.change_log(after=after, limit=limit)
+        async with aclosing(changes):
+            async for one in changes:
+                if session.screen.as_json:
+                    session.screen.document(one)
+                else:
+                    rows.append(change_row(one))
 
     session.run(work)
     if session.screen.as_json:
@@ -114,6 +107,17 @@ def change_log(
         rows,
         empty="There are no such changes.",
     )
+
+
+def change_row(change: "Change") -> list[str]:
+    return [
+        str(change.sequence),
+        time_text(change.committed_at),
+        f"{change.tenant}/{change.database}",
+        str(change.generation),
+        change.reason,
+        str(len(change.ops)),
+    ]
 
 
 def fsck(

@@ -8,7 +8,8 @@ import asyncio
 import io
 import os
 import select
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
@@ -38,15 +39,16 @@ class Batch:
 
 async def iter_batches(
     source: BinaryIO, record_format: RecordFormat, *, batch_bytes: int = BATCH_BYTES
-) -> AsyncIterator[Batch]:
+) -> AsyncGenerator[Batch, None]:
     """Raises MalformedRecords for input that breaks off inside a record, or holds none."""
-    async for body in _bodies(source, record_format, batch_bytes):
-        yield Batch(body=body, media_type=MEDIA_TYPES[record_format])
+    async with aclosing(_bodies(source, record_format, batch_bytes)) as bodies:
+        async for body in bodies:
+            yield Batch(body=body, media_type=MEDIA_TYPES[record_format])
 
 
 def _bodies(
     source: BinaryIO, record_format: RecordFormat, batch_bytes: int
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     match record_format:
         case "ndjson":
             return _line_bodies(source, batch_bytes)
@@ -59,10 +61,10 @@ def _bodies(
             return _framed_bodies(source, SingleRecordFramer(record_bytes_max=RECORD_BYTES_MAX))
 
 
-async def _line_bodies(source: BinaryIO, batch_bytes: int) -> AsyncIterator[bytes]:
+async def _line_bodies(source: BinaryIO, batch_bytes: int) -> AsyncGenerator[bytes, None]:
     """Whole lines: as many as make a batch, or as there are when nothing more waits to be read."""
     lines = LineBatcher(batch_bytes)
-    async for piece in _pieces(source):
+    while piece := await _read(source):
         for body in lines.feed(piece, more_waits=_more_waits(source)):
             yield body
     for body in lines.finish():
@@ -109,17 +111,12 @@ class LineBatcher:
         return body
 
 
-async def _framed_bodies(source: BinaryIO, framer: RecordFramer) -> AsyncIterator[bytes]:
-    async for piece in _pieces(source):
+async def _framed_bodies(source: BinaryIO, framer: RecordFramer) -> AsyncGenerator[bytes, None]:
+    while piece := await _read(source):
         for entry in framer.feed(piece):
             yield entry.payload
     for entry in framer.finish():
         yield entry.payload
-
-
-async def _pieces(source: BinaryIO) -> AsyncIterator[bytes]:
-    while piece := await _read(source):
-        yield piece
 
 
 async def _read(source: BinaryIO) -> bytes:

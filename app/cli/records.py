@@ -3,7 +3,7 @@
 import base64
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO
 
@@ -47,12 +47,13 @@ def append(
 
     async def work(client: "BopClient") -> None:
         with session.screen.meter() as meter:
-            async for batch in iter_batches(source, record_format):
-                appended = await client.records.append(
-                    tenant, database, batch.body, media_type=batch.media_type
-                )
-                _merge(parts, appended)
-                meter(f"{parts[0].count:,} records appended", 0, None)
+            async with aclosing(iter_batches(source, record_format)) as batches:
+                async for batch in batches:
+                    appended = await client.records.append(
+                        tenant, database, batch.body, media_type=batch.media_type
+                    )
+                    _merge(parts, appended)
+                    meter(f"{parts[0].count:,} records appended", 0, None)
 
     with opened(file) as source:
         try:
@@ -104,14 +105,17 @@ def read(
 
     async def work(client: "BopClient") -> int:
         count = 0
-        async for batch in client.records.iter_batches(
-            tenant, database, from_lsn=from_lsn, to_lsn=to_lsn, limit=limit, follow=follow
-        ):
-            count += len(batch.records)
-            if session.screen.as_json:
-                session.screen.documents(described(batch))
-            else:
-                session.screen.raw(encoded(batch, record_format))
+        async with aclosing(
+            client.records.iter_batches(
+                tenant, database, from_lsn=from_lsn, to_lsn=to_lsn, limit=limit, follow=follow
+            )
+        ) as batches:
+            async for batch in batches:
+                count += len(batch.records)
+                if session.screen.as_json:
+                    session.screen.documents(described(batch))
+                else:
+                    session.screen.raw(encoded(batch, record_format))
         return count
 
     count = session.run(work)

@@ -57,7 +57,8 @@ def recover(context: typer.Context) -> None:
                 progress=lambda read, total: meter("Reading generation documents", read, total),
             )
         )
-    show_recovered(screen, report, remote_url=settings.redacted()["BOP_REMOTE_URL"])
+    place = settings.redacted()["BOP_REMOTE_URL"] or settings.effective_remote_url
+    show_recovered(screen, report, remote_url=place)
 
 
 def loaded_settings(**given: Any) -> "Settings":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import app
 from app.cli.failures import Failure
+from app.cli.session import explained
 from app.client import BopClient, ClientError, RetryPolicy
 from app.core.base.clock import Clock
 
@@ -46,6 +47,9 @@ async def running_service(data_dir: Path, *, log: Path, clock: Clock) -> AsyncIt
             async with BopClient(f"http://127.0.0.1:{port}") as client:
                 await _until_ready(process, f"http://127.0.0.1:{port}", log=log, clock=clock)
                 yield client
+        except ClientError as error:
+            failure = explained(error)
+            raise Failure(failure.detail + end_of(log), code=failure.code) from error
         finally:
             exit_code = await _end(process)
     if exit_code not in {0, -signal.SIGTERM}:

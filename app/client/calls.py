@@ -8,7 +8,8 @@ Concurrency: any number of calls share one connection pool. Cancellation: a call
 closes its connection; what it asked for may have taken effect.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -37,6 +38,8 @@ _REFUSED_WHOLE = frozenset({429, 503, 507})
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
     attempts_max: int = 6
+    connect_attempts_max: int = 3
+    """Where nothing listens, trying on rarely helps, and someone waits to hear of it."""
     backoff_base_seconds: float = 0.2
     backoff_cap_seconds: float = 5.0
     wait_seconds_max: float = 60.0
@@ -87,7 +90,7 @@ class Calls:
 
     async def pages(
         self, path: str, item: type[T], *, params: Mapping[str, Any], limit: int | None
-    ) -> AsyncIterator[T]:
+    ) -> AsyncGenerator[T, None]:
         """The items of a list, page by page, `limit` of them at most."""
         left = limit
         cursor: str | None = None
@@ -215,12 +218,17 @@ class Calls:
                 if problem.status not in _REFUSED_WHOLE or not self._again(attempt, wait_seconds):
                     raise
             except httpx.TransportError as error:
-                if not idempotent or not self._again(attempt, wait_seconds):
+                if not idempotent or attempt >= self._attempts_max(error):
                     raise self.unreachable(error) from error
             await self.back_off(attempt=attempt, at_least_seconds=wait_seconds)
 
     def _again(self, attempt: int, wait_seconds: float) -> bool:
         return attempt < self.retry.attempts_max and wait_seconds <= self.retry.wait_seconds_max
+
+    def _attempts_max(self, error: httpx.TransportError) -> int:
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            return min(self.retry.attempts_max, self.retry.connect_attempts_max)
+        return self.retry.attempts_max
 
     def _problem(self, response: httpx.Response) -> ProblemError:
         members: dict[str, Any] = {}
@@ -272,6 +280,17 @@ def _reason(error: httpx.TransportError) -> str:
         case httpx.TimeoutException():
             return "the answer took too long"
         case httpx.ConnectError():
-            return str(error) or "the connection was refused"
+            return _system_reason(error) or str(error) or "the connection was refused"
         case _:
             return str(error) or "the connection broke off"
+
+
+def _system_reason(error: BaseException) -> str | None:
+    """What the operating system said: httpx tells only that connecting failed."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            text = os.strerror(cause.errno) if cause.errno > 0 else cause.strerror or str(cause)
+            return text[:1].lower() + text[1:]
+        cause = cause.__cause__ or cause.__context__
+    return None

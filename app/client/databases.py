@@ -1,6 +1,6 @@
 """Databases: create, look, list, wait for durability, accept a loss."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from app.client.calls import Calls, decoded
 from app.client.wire import Codec, Database, Durability, Engine, Generation
@@ -37,13 +37,13 @@ class Databases:
     async def get(self, tenant: str, database: str) -> Database:
         return await self._calls.get(database_path(tenant, database), Database)
 
-    def list(self, tenant: str, *, limit: int | None = None) -> AsyncIterator[Database]:
+    def list(self, tenant: str, *, limit: int | None = None) -> AsyncGenerator[Database, None]:
         """By name."""
         return self._calls.pages(f"/tenants/{tenant}/databases", Database, params={}, limit=limit)
 
     def generations(
         self, tenant: str, database: str, *, limit: int | None = None
-    ) -> AsyncIterator[Generation]:
+    ) -> AsyncGenerator[Generation, None]:
         """Oldest first."""
         path = f"{database_path(tenant, database)}/generations"
         return self._calls.pages(path, Generation, params={}, limit=limit)

@@ -1,6 +1,7 @@
 """Checkpoints and jobs: trigger, list, look, wait, watch, cancel."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 
 import httpx
 import msgspec
@@ -29,7 +30,7 @@ class Jobs:
         state: JobState | None = None,
         kind: str | None = None,
         limit: int | None = None,
-    ) -> AsyncIterator[Job]:
+    ) -> AsyncGenerator[Job, None]:
         """Newest first."""
         params = {"tenant": tenant, "database": database, "state": state, "kind": kind}
         return self._calls.pages(self.root, Job, params=params, limit=limit)
@@ -52,7 +53,7 @@ class Jobs:
         )
         return decoded(response, Job)
 
-    async def watch(self, job_id: str) -> AsyncIterator[Job]:
+    async def watch(self, job_id: str) -> AsyncGenerator[Job, None]:
         """The job now and after each change that is seen; the last one has ended."""
         job = await self.get(job_id)
         yield job
@@ -79,18 +80,22 @@ class Checkpoints(Jobs):
         )
         return decoded(response, Job)
 
-    async def events(self, job_id: str) -> AsyncIterator[Job]:
+    async def events(self, job_id: str) -> AsyncGenerator[Job, None]:
         """The job at each event of its stream, which may end early: see `watch`."""
-        async with self._calls.stream(
-            f"{self.root}/{job_id}/events", headers={"Accept": "text/event-stream"}
-        ) as response:
-            async for data in event_data(response.aiter_lines()):
+        async with (
+            self._calls.stream(
+                f"{self.root}/{job_id}/events", headers={"Accept": "text/event-stream"}
+            ) as response,
+            aclosing(event_data(response.aiter_lines())) as events,
+        ):
+            async for data in events:
                 try:
-                    yield msgspec.json.decode(data, type=Job)
+                    job = msgspec.json.decode(data, type=Job)
                 except msgspec.MsgspecError as error:
                     raise UnexpectedAnswer(f"An event holds no job: {error}") from error
+                yield job
 
-    async def watch(self, job_id: str) -> AsyncIterator[Job]:
+    async def watch(self, job_id: str) -> AsyncGenerator[Job, None]:
         """The job now and after each change; the last one has ended. A stream that breaks off is
         opened again; where streams do not pass at all, the job is asked for now and then.
         """
@@ -100,10 +105,11 @@ class Checkpoints(Jobs):
         while not job.ended:
             before = job
             try:
-                async for seen in self.events(job_id):
-                    if seen != job:
-                        job = seen
-                        yield job
+                async with aclosing(self.events(job_id)) as events:
+                    async for seen in events:
+                        if seen != job:
+                            job = seen
+                            yield job
             except httpx.TransportError:
                 pass  # the job itself goes on
             broken_count = 0 if job != before else broken_count + 1
@@ -114,7 +120,7 @@ class Checkpoints(Jobs):
                     yield job
 
 
-async def event_data(lines: AsyncIterator[str]) -> AsyncIterator[str]:
+async def event_data(lines: AsyncIterator[str]) -> AsyncGenerator[str, None]:
     """The data of each event of an event stream (WHATWG HTML, section 9.2)."""
     data: list[str] = []
     async for line in lines:

@@ -1,6 +1,6 @@
 """What an operator looks at: readiness, leases, jobs at work, the manifest, fsck."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from app.client.calls import Calls, decoded
@@ -18,13 +18,15 @@ class Operations:
         response = await self._calls.send("GET", "/readyz", accepted=frozenset({503}))
         return decoded(response, Readiness)
 
-    def leases(self, *, limit: int | None = None) -> AsyncIterator[Lease]:
+    def leases(self, *, limit: int | None = None) -> AsyncGenerator[Lease, None]:
         return self._calls.pages("/debug/checkpoint/leases", Lease, params={}, limit=limit)
 
-    def active_jobs(self, *, limit: int | None = None) -> AsyncIterator[Job]:
+    def active_jobs(self, *, limit: int | None = None) -> AsyncGenerator[Job, None]:
         return self._calls.pages("/debug/checkpoint/active_jobs", Job, params={}, limit=limit)
 
-    def change_log(self, *, after: int = 0, limit: int | None = None) -> AsyncIterator[Change]:
+    def change_log(
+        self, *, after: int = 0, limit: int | None = None
+    ) -> AsyncGenerator[Change, None]:
         """Oldest first, from the sequence behind `after`."""
         return self._calls.pages(
             "/debug/manifest/change_log", Change, params={"after": after}, limit=limit

@@ -6,7 +6,8 @@ Invariants: an append is sent again under the key of its first attempt, so it ta
 
 import os
 import struct
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -123,13 +124,16 @@ class Records:
         to_lsn: int | None = None,
         limit: int | None = None,
         follow: bool = False,
-    ) -> AsyncIterator[Record]:
+    ) -> AsyncGenerator[Record, None]:
         """As `iter_batches`, one record at a time."""
-        async for batch in self.iter_batches(
-            tenant, database, from_lsn=from_lsn, to_lsn=to_lsn, limit=limit, follow=follow
-        ):
-            for offset, data in enumerate(batch.records):
-                yield Record(batch.first_lsn + offset, data)
+        async with aclosing(
+            self.iter_batches(
+                tenant, database, from_lsn=from_lsn, to_lsn=to_lsn, limit=limit, follow=follow
+            )
+        ) as batches:
+            async for batch in batches:
+                for offset, data in enumerate(batch.records):
+                    yield Record(batch.first_lsn + offset, data)
 
     async def iter_batches(
         self,
@@ -140,7 +144,7 @@ class Records:
         to_lsn: int | None = None,
         limit: int | None = None,
         follow: bool = False,
-    ) -> AsyncIterator[RecordBatch]:
+    ) -> AsyncGenerator[RecordBatch, None]:
         """Records of [from_lsn, to_lsn], by default from the oldest readable one to the newest at
         the time of the call; with `follow`, those to come too. Gaps are stepped over. Raises
         ProblemError, ServiceUnreachable, StreamBroken.
@@ -156,8 +160,10 @@ class Records:
         while reading.wants_more:
             before = reading.at
             try:
-                async for batch in self._read_answer(tenant, database, reading, follow=follow):
-                    yield batch
+                answer = self._read_answer(tenant, database, reading, follow=follow)
+                async with aclosing(answer) as batches:
+                    async for batch in batches:
+                        yield batch
             except (httpx.TransportError, StreamBroken) as error:
                 broken_count = 1 if reading.at > before else broken_count + 1
                 if broken_count >= self._calls.retry.attempts_max:
@@ -172,7 +178,7 @@ class Records:
 
     async def _read_answer(
         self, tenant: str, database: str, reading: "_Reading", *, follow: bool
-    ) -> AsyncIterator[RecordBatch]:
+    ) -> AsyncGenerator[RecordBatch, None]:
         """The records of one request. `reading` moves on with each batch, before it is given."""
         wait_seconds = FOLLOW_WAIT_SECONDS if follow else 0.0
         async with self._calls.stream(
@@ -257,7 +263,7 @@ class RecordDecoder:
         return records
 
 
-async def _pieces(file: BinaryIO, size: int) -> AsyncIterator[bytes]:
+async def _pieces(file: BinaryIO, size: int) -> AsyncGenerator[bytes, None]:
     """The first `size` bytes of `file`, from its beginning."""
     pool = BlockingPool("append-file", threads=1)
     try:

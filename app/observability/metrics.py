@@ -23,12 +23,12 @@ REMOTE_OPS = (
     "put_if_absent",
     "put_if_match",
 )
-REMOTE_OUTCOMES = ("ok", "error")
+REMOTE_OUTCOMES = ("ok", "error", "cancelled")
 READ_MODES = ("normal", "cold")
 
 _FAST_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5)
 _SLOW_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
-_HTTP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_HTTP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 _CHAIN = (0, 1, 2, 3, 4, 6, 8, 12)
 _RATIO = (0.5, 0.75, 1, 1.25, 1.5, 2, 3, 5, 10, 25, 50, 100)
 
@@ -36,7 +36,7 @@ Fields = Mapping[str, object]
 
 
 class Metrics:
-    """One registry, fed by events (`sink`), by the edge (`on_answer`) and at scrape time (`watch`)."""
+    """One registry: events come by `sink`, answers by `on_answer`, gauges by `watch`."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

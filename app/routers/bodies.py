@@ -26,6 +26,7 @@ from app.core.base.clock import Clock
 from app.core.base.errors import BodyTooLarge, DiskFull, InvalidRequest, UnsupportedMediaType
 from app.core.base.tasks import BlockingPool
 from app.core.formats.record_framing import (
+    LENGTH_BYTES,
     FramedEntry,
     LengthPrefixedFramer,
     LineFramer,
@@ -297,12 +298,18 @@ class RecordBody:
         while (piece := await self._reader.read_piece()) is not None:
             if self._digest is not None:
                 self._digest.update(piece)
-            if self._files or not self._memory.try_reserve(len(piece)):
+            held_bytes = self._held_bytes(piece)
+            if not self._memory.try_reserve(held_bytes):
                 await self._read_to_file(piece)
                 return
-            self._reserved_bytes += len(piece)
+            self._reserved_bytes += held_bytes
             self._keep(self._framer.feed(piece))
         self._keep(self._framer.finish())
+
+    def _held_bytes(self, piece: bytes) -> int:
+        """What the piece takes once framed: a line's newline becomes a length of four bytes."""
+        lines = piece.count(b"\n") if isinstance(self._framer, LineFramer) else 0
+        return len(piece) + LENGTH_BYTES * lines
 
     def _keep(self, found: Iterable[FramedEntry]) -> None:
         self._entries.extend(map(MemoryEntry, found))

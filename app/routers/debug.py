@@ -4,22 +4,24 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
+from app.core.base.errors import NotReady, RemoteUnavailable
 from app.core.services.debugging import NamedLease
 from app.routers.auth import needs, require_unbound
 from app.routers.deps import services_of
 from app.routers.exchange import principal_of
-from app.routers.paging import PageQuery, seen_only
-from app.routers.route import ScopedRoute
-from app.routers.schemas import (
+from app.routers.operations_schemas import (
     ChangePage,
     ChangeView,
-    JobPage,
-    JobView,
+    FsckView,
     LeasePage,
     LeaseView,
     ManifestStatsView,
-    plain,
+    QuotaView,
 )
+from app.routers.openapi import problems
+from app.routers.paging import PageQuery, seen_only
+from app.routers.route import ScopedRoute
+from app.routers.schemas import JobPage, JobView, plain
 
 router = APIRouter(route_class=ScopedRoute, prefix="/debug", tags=["debug"])
 
@@ -85,7 +87,26 @@ async def list_changes(
 async def show_manifest_stats(request: Request) -> ManifestStatsView:
     """Sizes, rows per table, readers."""
     require_unbound(principal_of(request))
-    return ManifestStatsView.model_validate(plain(services_of(request).debugging.manifest_stats()))
+    stats = await services_of(request).debugging.manifest_stats()
+    return ManifestStatsView.model_validate(plain(stats))
+
+
+@router.get("/manifest/fsck", responses=problems(RemoteUnavailable, NotReady))
+@needs("debug")
+async def check_everything(request: Request) -> FsckView:
+    """Walks manifest, remote store, WAL, scratch, quota and change log, and says what does not
+    agree. It changes nothing, and reads every sealed WAL segment: it may take a while.
+    """
+    require_unbound(principal_of(request))
+    return FsckView.of(await services_of(request).debugging.fsck())
+
+
+@router.get("/storage/quota")
+@needs("debug")
+async def show_quota(request: Request) -> QuotaView:
+    """Limits and use: in all, by tenant, by job."""
+    require_unbound(principal_of(request))
+    return QuotaView.of(services_of(request).debugging.quota())
 
 
 def _place_of(named: NamedLease) -> tuple[int, int]:

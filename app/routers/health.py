@@ -6,8 +6,8 @@ from fastapi import APIRouter, Request, Response
 
 from app.routers.auth import open_to_all
 from app.routers.deps import desk_of
+from app.routers.operations_schemas import AliveView, ReadinessView
 from app.routers.route import ScopedRoute
-from app.routers.schemas import AliveView, ReadinessView
 
 router = APIRouter(route_class=ScopedRoute, tags=["operations"])
 

@@ -7,8 +7,6 @@ Concurrency: nothing shared between requests. Cancellation: passes through. Cras
 durable here.
 
 It is plain ASGI and one class on purpose: every further layer costs small requests throughput.
-HTTP metrics are counted here too, by the route that was matched; an instrumenting middleware
-matches a second time, which was measured at a fifth of a small append.
 """
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -17,13 +15,10 @@ from app.core.base.clock import Clock, Randomness
 from app.core.base.errors import Unauthenticated
 from app.core.base.events import Events
 from app.observability.logging import RequestContext, request_context
-from app.observability.metrics import Metrics
 from app.routers.auth import LOCAL, OPEN_PATHS, Authenticator
 from app.routers.exchange import SCOPE_KEY, ClientGone, Exchange, ResponseBroken
 from app.routers.problems import internal_problem, problem_response
 
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-"""Labels of metrics; whatever else a client makes up counts as `other`."""
 PROBED_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 """Asked every few seconds for ever; logged only when they fail."""
 
@@ -37,14 +32,12 @@ class Edge:
         events: Events,
         clock: Clock,
         randomness: Randomness,
-        metrics: Metrics,
     ) -> None:
         self._app = app
         self._authenticator = authenticator
         self._events = events
         self._clock = clock
         self._randomness = randomness
-        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,12 +57,6 @@ class Edge:
             await self._serve(scope, exchange)
         finally:
             seconds = self._clock.monotonic() - began
-            self._metrics.on_answer(
-                method=scope["method"] if scope["method"] in METHODS else "other",
-                template=getattr(scope.get("route"), "path", "none"),
-                status=exchange.status,
-                seconds=seconds,
-            )
             self._log(scope, exchange, seconds)
 
     async def _serve(self, scope: Scope, exchange: Exchange) -> None:
@@ -118,7 +105,7 @@ class Edge:
             "body_bytes": exchange.body_received,
         }
         if exchange.error is not None:
-            fields["error"] = str(exchange.error)
+            fields["error"] = str(exchange.error) or type(exchange.error).__name__
         if status >= 500:
             self._events.warning("http.answered", **fields)
         else:

@@ -14,7 +14,8 @@ from app.core.base.errors import (
     NotReady,
     Unauthenticated,
 )
-from app.routers import schemas as models
+from app.routers import operations_schemas
+from app.routers import schemas as base_schemas
 from app.routers.problems import MEDIA_TYPE, STATUS, problem_members
 from app.routers.schemas import Problem
 
@@ -105,7 +106,7 @@ def _completed(document: dict[str, Any]) -> dict[str, Any]:
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
     for name, schema in schemas.items():
-        model = getattr(models, name, None)
+        model = getattr(base_schemas, name, None) or getattr(operations_schemas, name, None)
         if model is not None and (extra := model.model_config.get("json_schema_extra")):
             schema.update(extra)  # FastAPI drops the nulls of examples
     components["securitySchemes"] = {

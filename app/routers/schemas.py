@@ -4,17 +4,15 @@ Bodies of requests refuse unknown fields. Every model has an example; the OpenAP
 it beside each body.
 """
 
-from typing import Annotated, Any, Literal, Self
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, Self
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from app.core.base.clock import rfc3339
 from app.core.services.databases import DatabaseStatus, DurableStatus
-from app.core.services.debugging import NamedLease
-from app.core.stores.manifest.ops import decode_op
 from app.core.stores.manifest.records import (
-    ChangeRecord,
     Codec,
     DatabaseState,
     Engine,
@@ -47,7 +45,7 @@ class View(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def _example(value: dict[str, Any]) -> dict[str, Any]:
+def example(value: dict[str, Any]) -> dict[str, Any]:
     return {"examples": [value]}
 
 
@@ -56,7 +54,7 @@ def _example(value: dict[str, Any]) -> dict[str, Any]:
 
 class CreateDatabaseBody(Body):
     model_config = ConfigDict(
-        json_schema_extra=_example(
+        json_schema_extra=example(
             {"engine": "append_only", "chunk_bytes": 67_108_864, "compression": "none"}
         )
     )
@@ -98,7 +96,7 @@ class RetentionView(View):
 
 class DatabaseView(View):
     model_config = ConfigDict(
-        json_schema_extra=_example(
+        json_schema_extra=example(
             {
                 "tenant": "acme",
                 "database": "events",
@@ -190,7 +188,7 @@ class DatabaseView(View):
 
 class DurableView(View):
     model_config = ConfigDict(
-        json_schema_extra=_example({"durable_lsn": 1000, "checkpointed_lsn": 900})
+        json_schema_extra=example({"durable_lsn": 1000, "checkpointed_lsn": 900})
     )
 
     durable_lsn: int
@@ -205,7 +203,7 @@ class DurableView(View):
 
 class AppendedView(View):
     model_config = ConfigDict(
-        json_schema_extra=_example(
+        json_schema_extra=example(
             {"first_lsn": 1, "last_lsn": 1000, "count": 1000, "bytes": 64_000}
         )
     )
@@ -222,7 +220,7 @@ class AppendedView(View):
 
 class GenerationView(View):
     model_config = ConfigDict(
-        json_schema_extra=_example(
+        json_schema_extra=example(
             {
                 "generation": 1,
                 "checkpoint_id": f"0000000001-000001-{EXAMPLE_JOB_ID}",
@@ -273,7 +271,7 @@ class GenerationView(View):
 
 class TriggerCheckpointBody(Body):
     model_config = ConfigDict(
-        json_schema_extra=_example(
+        json_schema_extra=example(
             {"tenant": "acme", "database": "events", "reason": "before the upgrade"}
         )
     )
@@ -293,7 +291,7 @@ class ProgressView(View):
 
 class JobView(View):
     model_config = ConfigDict(
-        json_schema_extra=_example(
+        json_schema_extra=example(
             {
                 "id": EXAMPLE_JOB_ID,
                 "kind": "create_checkpoint",
@@ -371,111 +369,6 @@ class JobView(View):
         )
 
 
-# --- operations -------------------------------------------------------------------------------
-
-
-class AliveView(View):
-    model_config = ConfigDict(json_schema_extra=_example({"status": "alive"}))
-
-    status: Literal["alive"]
-
-
-class ReadinessView(View):
-    model_config = ConfigDict(
-        json_schema_extra=_example({"status": "ready", "reasons": [], "degraded": []})
-    )
-
-    status: Literal["ready", "starting", "stopping", "failed"]
-    reasons: list[str]
-    degraded: list[str]
-
-
-class LeaseView(View):
-    model_config = ConfigDict(
-        json_schema_extra=_example(
-            {
-                "tenant": "acme",
-                "database": "events",
-                "chunk_id": 0,
-                "generation": 2,
-                "job_id": EXAMPLE_JOB_ID,
-                "token": 17,
-                "registered_at": EXAMPLE_TIME,
-                "expires_at": EXAMPLE_TIME,
-            }
-        )
-    )
-
-    tenant: str
-    database: str
-    chunk_id: int
-    generation: int
-    job_id: str
-    token: int
-    registered_at: str
-    expires_at: str
-
-    @classmethod
-    def of(cls, named: NamedLease) -> Self:
-        lease = named.lease
-        return cls(
-            tenant=named.tenant,
-            database=named.database,
-            chunk_id=lease.chunk_id,
-            generation=lease.generation,
-            job_id=lease.job_id,
-            token=lease.token,
-            registered_at=rfc3339(lease.registered_at_us),
-            expires_at=rfc3339(lease.expires_at_us),
-        )
-
-
-class ChangeView(View):
-    model_config = ConfigDict(
-        json_schema_extra=_example(
-            {
-                "sequence": 7,
-                "committed_at": EXAMPLE_TIME,
-                "tenant": "acme",
-                "database": "events",
-                "generation": 1,
-                "reason": "checkpoint.published",
-                "ops": [{"type": "AdvanceCheckpointed", "db_id": 1, "generation": 1, "lsn": 1000}],
-            }
-        )
-    )
-
-    sequence: int
-    committed_at: str
-    tenant: str
-    database: str
-    generation: int
-    reason: str
-    ops: list[dict[str, Any]]
-    """Each with its `type`; bytes are shown in hexadecimal."""
-
-    @classmethod
-    def of(cls, change: ChangeRecord) -> Self:
-        return cls(
-            sequence=change.sequence,
-            committed_at=rfc3339(change.committed_at_us),
-            tenant=change.tenant,
-            database=change.database,
-            generation=change.generation,
-            reason=change.reason,
-            ops=[{"type": type(op).__name__, **plain(op)} for op in map(decode_op, change.ops)],
-        )
-
-
-class ManifestStatsView(BaseModel):
-    """Counts and sizes of the manifest; its members may grow."""
-
-    model_config = ConfigDict(
-        extra="allow",
-        json_schema_extra=_example({"map_bytes": 68_719_476_736, "used_bytes": 1_048_576}),
-    )
-
-
 class PageOf(View):
     """One page of a list."""
 
@@ -493,14 +386,6 @@ class GenerationPage(PageOf):
 
 class JobPage(PageOf):
     items: list[JobView]
-
-
-class LeasePage(PageOf):
-    items: list[LeaseView]
-
-
-class ChangePage(PageOf):
-    items: list[ChangeView]
 
 
 class FieldError(BaseModel):
@@ -527,6 +412,8 @@ class Problem(BaseModel):
 def plain(value: Any) -> Any:
     """Records and what they hold as JSON values: structs by field name, bytes in hexadecimal."""
     match value:
+        case _ if is_dataclass(value) and not isinstance(value, type):
+            return {one.name: plain(getattr(value, one.name)) for one in fields(value)}
         case msgspec.Struct():
             names = (field.name for field in msgspec.structs.fields(value))
             return {name: plain(getattr(value, name)) for name in names}

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.fault.conftest import requires_strace
+from tests.helpers.disk_replay import RecordingIncomplete
 from tests.helpers.powercut import (
     SECTOR_BYTES,
     Cut,
     Mode,
     Recording,
-    RecordingIncomplete,
     Tree,
     record,
 )
@@ -148,7 +148,8 @@ os.makedirs("d/e"); fd = made("d/a"); os.writev(fd, [b"12", b"34"]); os.link("d/
 os.ftruncate(fd, 3); os.lseek(fd, 1, 0); os.write(fd, b"X"); os.close(fd)
 top = os.open("d", os.O_RDONLY); os.rename("a", "e/c", src_dir_fd=top, dst_dir_fd=top)
 os.fsync(top); note("parent synced")
-os.rename("d/e/c", "d/e/b"); os.unlink("d/e/c"); sync_directory("d/e"); sync_directory(); note("all synced")
+os.rename("d/e/c", "d/e/b"); os.unlink("d/e/c"); sync_directory("d/e")
+sync_directory(); note("all synced")
 """,
     )
     assert left(recording, "parent synced", "kept") == {

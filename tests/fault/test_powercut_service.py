@@ -9,26 +9,14 @@ from typing import Any
 import pytest
 
 from tests.fault.children.service_recovery import Recovered
+from tests.fault.children.wal_recovery import ledger_of
 from tests.fault.conftest import Recorder, requires_strace
 from tests.helpers.isolated import Isolated
-from tests.helpers.ledger import AckLedger
 from tests.helpers.powercut import Recording, Survey, survey
 
 pytestmark = requires_strace
 CHILD = "tests.fault.children.service_workload"
 RECOVERY = "tests.fault.children.service_recovery:recover"
-
-
-def ledger_of(notes: Sequence[dict[str, Any]]) -> AckLedger:
-    """As the child's own was at that moment: payloads follow from the order of tries alone."""
-    ledger = AckLedger()
-    for note in notes:
-        match note:
-            case {"trying": count, "pad_bytes": pad_bytes}:
-                ledger.begin(count, pad_bytes=pad_bytes).unknown()
-            case {"acknowledged": ordinal, "first_lsn": first, "last_lsn": last}:
-                ledger.appends[ordinal].ok(first, last)
-    return ledger
 
 
 def verify(recovered: Recovered, notes: Sequence[dict[str, Any]]) -> None:

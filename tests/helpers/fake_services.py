@@ -398,7 +398,7 @@ class _Debugging(_Part):
     def change_log(self, *, limit, after) -> list[ChangeRecord]:
         return [one for one in self.service.changes_kept if one.sequence > after][:limit]
 
-    def manifest_stats(self) -> dict[str, Any]:
+    async def manifest_stats(self) -> dict[str, Any]:
         return {"map_bytes": 1024, "last_sequence": len(self.service.changes_kept)}
 
 

@@ -26,8 +26,8 @@ class IsolatedFailure(AssertionError):
 
 
 class Isolated:
-    """`target` is `module:function`; the function takes one argument that pickles, and its result
-    does too. A process that died is replaced at the next call.
+    """`target` is `module:function`; its arguments and its result must pickle. A process that
+    died is replaced at the next call.
     """
 
     def __init__(self, target: str) -> None:
@@ -45,11 +45,11 @@ class Isolated:
     ) -> None:
         self._end()
 
-    def __call__(self, argument: Any) -> Any:
+    def __call__(self, *arguments: Any) -> Any:
         process = self._process or self._start()
         assert process.stdin is not None
         assert process.stdout is not None
-        _send(process.stdin, argument)
+        _send(process.stdin, arguments)
         answer = _receive(process.stdout)
         if answer is None:
             code = process.wait()
@@ -100,9 +100,9 @@ def _serve(target: str) -> None:
     function = getattr(importlib.import_module(module), name)
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the function prints goes to stderr
-    while (argument := _receive(source)) is not None:
+    while (arguments := _receive(source)) is not None:
         try:
-            answer = ("ok", asyncio.run(function(argument)))
+            answer = ("ok", asyncio.run(function(*arguments)))
         except Exception:  # noqa: BLE001 - told to the caller
             answer = ("failed", traceback.format_exc(limit=-4))
         _send(sink, answer)

@@ -188,7 +188,7 @@ def _start(directory: Path) -> tuple[int, subprocess.Popen[bytes]]:
         f"-s3.config={config}",
         "-master.telemetry=false",
         "-master.volumeSizeLimitMB=1024",
-        "-volume.max=32",
+        "-volume.max=10000",
         "-volume.preStopSeconds=0",
     ]
     with (directory / "weed.log").open("wb") as log:

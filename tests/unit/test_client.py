@@ -177,7 +177,7 @@ async def test_a_request_that_is_not_idempotent_is_not_sent_again_after_a_broken
     assert len(api.requests) == 1
 
 
-async def test_unreachable_names_the_url(clock):
+async def test_unreachable_names_the_url_after_few_attempts(clock):
     def refuse(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("connection refused", request=request)
 
@@ -188,6 +188,7 @@ async def test_unreachable_names_the_url(clock):
             await client.databases.get("acme", "events")
     assert caught.value.url == "http://bop.test:1234"
     assert caught.value.reason == "connection refused"
+    assert len(clock.slept) == 2
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8600", "ftp://host", "http://", "http://h:port"])

@@ -16,9 +16,8 @@ fp: Callable[[str], None] = _nothing
 
 
 def armed() -> bool:
-    """Whether passing a failpoint may have an effect: then a step may be split to put one inside."""
+    """Whether a failpoint may have an effect: then a step may be split to put one inside."""
     return fp is not _nothing
-
 
 
 try:

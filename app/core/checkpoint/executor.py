@@ -72,7 +72,7 @@ from app.core.stores.manifest.records import (
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.remote.keys import generation_document_key
 from app.core.stores.remote.protocol import BytesBody, FileBody, RemoteStore
-from app.core.stores.wal.log import SegmentInfo
+from app.core.stores.wal.segments import SegmentInfo
 from app.core.stores.wal.store import WalStore
 
 REPLANS_MAX = 5
@@ -316,7 +316,9 @@ class CheckpointExecutor:
                 "progress": _progress(intents, total_bytes=total_bytes),
             },
         )
-        parts.events.info("checkpoint.staged", chunks=len(rows), bytes=total_bytes, **_fields(job))
+        parts.events.info(
+            "checkpoint.staged", chunks=len(rows), bytes=total_bytes, **_fields(hold.job)
+        )
         failpoints.fp("stage.after_intents")
 
     async def _upload(self, hold: JobHold) -> None:
@@ -405,7 +407,7 @@ class CheckpointExecutor:
             first_lsn=plan.first_lsn,
             last_lsn=plan.last_lsn,
             chunks=len(plan.actions),
-            **_fields(job),
+            **_fields(hold.job),
         )
 
     # --- after the publication: only onwards --------------------------------------------------
@@ -413,7 +415,8 @@ class CheckpointExecutor:
     async def _finish(self, hold: JobHold) -> Mapping[str, Any]:
         """Stores the generation document, lets `checkpointed_lsn` say so, and frees the WAL."""
         parts, job = self._parts, hold.job
-        assert job.published_generation is not None and job.plan is not None
+        assert job.published_generation is not None
+        assert job.plan is not None
         plan = decode_plan(job.plan)
         with parts.manifest.read() as view:
             database = view.database(job.db_id)

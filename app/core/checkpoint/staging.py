@@ -9,15 +9,21 @@ Concurrency: blocking functions, one file each. Crash: a half-written file is wr
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.core.base.errors import DiskFull, StalePlan
+from app.core.base.errors import CorruptWal, StalePlan
 from app.core.engines.base import CheckpointPlan, SealAsBase
-from app.core.formats.chunk import LogIdentity, hash_file_blocking, write_log_blocking
+from app.core.formats.chunk import hash_file_blocking, write_log_blocking
+from app.core.formats.container import LogIdentity
+from app.core.formats.damage import Damage
 from app.core.formats.segment import SegmentSummary
+from app.core.stores.local.disk import disk_errors
 from app.core.stores.manifest.records import BlobRef, ChunkRecord
 from app.core.stores.remote.keys import chunk_key
+from app.core.stores.wal.verification import verify_segment_blocking
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +54,15 @@ def stage_segment_blocking(
     *,
     scope: KeyScope,
 ) -> ChunkRecord:
-    """Writes `target` and returns the row to publish. Raises DiskFull, or StalePlan where the
-    segment is not what was planned.
+    """Writes `target` and returns the row to publish. Raises DiskFull, StalePlan where the
+    segment is not what was planned, CorruptWal where it is damaged.
     """
     summary = source.summary
     if (summary.first_lsn, summary.last_lsn) != (action.first_lsn, action.last_lsn):
         raise StalePlan("A WAL segment is not what was planned.", segment_id=action.segment_id)
-    try:
+    with disk_errors(target.parent), _told_as_corrupt_wal(action):
         if plan.codec == "none":
+            verify_segment_blocking(source.path)  # damage must not get a fresh checksum (I10)
             _link_or_copy(source.path, target)
             hashed = hash_file_blocking(target)
             sha256, crc64, blob_bytes = hashed.sha256, hashed.crc64, hashed.bytes
@@ -71,11 +78,6 @@ def stage_segment_blocking(
             )
             sha256, crc64, blob_bytes = written.sha256, written.crc64, written.bytes
             directory_offset, directory_bytes = written.directory_offset, written.directory_bytes
-    except OSError as error:
-        target.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull("The disk filled up while staging.", chunk_id=action.chunk_id) from error
-        raise
     return ChunkRecord(
         db_id=plan.db_id,
         chunk_id=action.chunk_id,
@@ -104,6 +106,16 @@ def stage_segment_blocking(
         line_safe=action.line_safe,
         origin_db_id=plan.db_id,
     )
+
+
+@contextmanager
+def _told_as_corrupt_wal(action: SealAsBase) -> Iterator[None]:
+    try:
+        yield
+    except Damage as damage:
+        raise CorruptWal(
+            f"A sealed WAL segment is damaged: {damage}", segment_id=action.segment_id
+        ) from damage
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

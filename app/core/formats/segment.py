@@ -186,14 +186,18 @@ def parse_entry_header(data: bytes | memoryview, *, offset: int) -> tuple[EntryH
 def check_entry(data: bytes | memoryview, *, offset: int) -> EntryHeader:
     """The intact entry at `offset`: header and payload match their CRC. Raises Damage."""
     header, stored = parse_entry_header(data, offset=offset)
-    end = offset + header.entry_bytes
-    if end > len(data):
+    if offset + header.entry_bytes > len(data):
         raise Damage("entry payload is cut off", offset=offset)
-    view = memoryview(data)
-    checksum = crc64(view[offset : offset + ENTRY_HEADER_BYTES - 8])
-    if crc64(view[offset + ENTRY_HEADER_BYTES : end], checksum) != stored:
+    if entry_crc(data, offset=offset, entry_bytes=header.entry_bytes) != stored:
         raise Damage("entry fails its checksum", offset=offset)
     return header
+
+
+def entry_crc(data: bytes | memoryview, *, offset: int, entry_bytes: int) -> int:
+    """What the entry's CRC should be; all of it is in `data`."""
+    view = memoryview(data)
+    checksum = crc64(view[offset : offset + ENTRY_HEADER_BYTES - 8])
+    return crc64(view[offset + ENTRY_HEADER_BYTES : offset + entry_bytes], checksum)
 
 
 def iter_entries(data: bytes | memoryview) -> Iterator[tuple[int, EntryHeader]]:

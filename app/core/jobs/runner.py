@@ -164,6 +164,8 @@ class JobRunner:
             raise DeadlineExceeded(
                 f"Nothing moved for {stall:.0f} s; the attempt was given up."
             ) from error
+        finally:
+            context._on_progress = lambda: None  # noqa: SLF001 - the timeout is over
 
     def _deadline(self, job: JobRecord) -> float | None:
         if job.deadline_us is None or job.published_generation is not None:

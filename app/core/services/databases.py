@@ -8,7 +8,13 @@ from app.core.base.errors import DatabaseConflict, DatabaseNotFound, InvalidRequ
 from app.core.base.events import Events
 from app.core.services.directory import DatabaseDirectory
 from app.core.stores.manifest.errors import NameTaken
-from app.core.stores.manifest.ops import CreateDatabase, ManifestBatch, RaiseFloor, SetHealth
+from app.core.stores.manifest.ops import (
+    CreateDatabase,
+    ManifestBatch,
+    RaiseFloor,
+    RemoveSegment,
+    SetHealth,
+)
 from app.core.stores.manifest.records import Codec, DatabaseRecord, Engine, HealthState
 from app.core.stores.manifest.store import ManifestStore
 
@@ -144,6 +150,10 @@ class Databases:
                     ops=(
                         RaiseFloor(db_id=record.db_id, floor_lsn=log.next_lsn),
                         SetHealth(db_id=record.db_id, health="ok"),
+                        *(
+                            RemoveSegment(db_id=record.db_id, segment_id=segment_id)
+                            for segment_id in log.lost_segment_ids
+                        ),
                     ),
                     reason="database.loss_acknowledged",
                     db_id=record.db_id,

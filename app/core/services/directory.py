@@ -9,8 +9,9 @@ from app.core.formats.segment import EngineCode
 from app.core.stores.manifest.ops import ManifestBatch, Op, RaiseFloor, SetHealth
 from app.core.stores.manifest.records import DatabaseRecord, Engine, WalSegmentRecord
 from app.core.stores.manifest.store import ManifestStore
-from app.core.stores.wal.log import CatalogSegment, LogConfig, WalLog
+from app.core.stores.wal.log import WalLog
 from app.core.stores.wal.remembered import RememberedAppend
+from app.core.stores.wal.segments import CatalogSegment, LogConfig
 from app.core.stores.wal.store import WalStore
 
 ENGINE_CODES: dict[Engine, EngineCode] = {

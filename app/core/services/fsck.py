@@ -236,7 +236,8 @@ def _load(view: ManifestView) -> _Manifest:
 
 def _replay_differences(changes: list[ChangeRecord], found: Catalogue) -> list[str]:
     """Where replaying the whole change log does not give the catalogue. A trimmed log has no
-    beginning to replay from."""
+    beginning to replay from.
+    """
     if changes and changes[0].sequence != 1:
         return []
     try:

@@ -2,8 +2,9 @@
 
 Invariants: one effect per key (I7): the answer is stored in the commit that has the effect, where
 the action hands `Remember` on, so that a crash leaves both or neither. An answer is remembered for
-24 h; a replay during the first waits for it. Failures that may pass (401, 429, 5xx, 507) are not remembered: the action
-raises and nothing is stored. Cancellation: a caller that leaves does not undo the first's effect.
+24 h; a replay during the first waits for it. Failures that may pass (401, 429, 5xx, 507) are not
+remembered: the action raises and nothing is stored.
+Cancellation: a caller that leaves does not undo the first's effect.
 """
 
 import asyncio

@@ -9,7 +9,7 @@ from app.core.formats.segment import EntryType
 from app.core.reads.record_reader import RecordReader, RecordStream
 from app.core.services.directory import DatabaseDirectory
 from app.core.stores.manifest.store import ManifestStore
-from app.core.stores.wal.log import Appended, AppendRequest, EntryPayload
+from app.core.stores.wal.requests import Appended, AppendRequest, EntryPayload
 
 
 @dataclass(frozen=True, slots=True)

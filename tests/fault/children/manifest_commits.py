@@ -1,16 +1,10 @@
 """Commits to a manifest, some alone and some together, and notes each try and each receipt.
 
-The first argument takes a protection away, so that a test can show it would be missed:
-`metasync` or `sync` (LMDB opened without it), `directory` (no fsync of directories).
+The first argument names the protection to take away.
 """
 
 import asyncio
-import os
-import stat
 import sys
-from typing import Any
-
-import lmdb
 
 from app.core.base.clock import SystemClock
 from app.core.base.events import Events
@@ -18,31 +12,10 @@ from app.core.stores.manifest.ops import CreateDatabase, ManifestBatch, PutMeta
 from app.core.stores.manifest.store import ManifestStore
 from migrations.runner import load_steps
 from tests.fault.children.notes import ROOT, note
+from tests.fault.children.protections import take_away
 
 ALONE, TOGETHER, GROUPS = 8, 6, 4
 FILLER_BYTES = 6000  # a value beyond a page, so that commits write overflow pages too
-
-
-def take_away(protection: str) -> None:
-    real_open, real_fsync = lmdb.open, os.fsync
-    match protection:
-        case "metasync" | "sync":
-
-            def careless_open(*arguments: Any, **options: Any) -> lmdb.Environment:
-                return real_open(*arguments, **{**options, protection: False})
-
-            lmdb.open = careless_open
-        case "directory":
-
-            def files_only(fd: int) -> None:
-                if not stat.S_ISDIR(os.fstat(fd).st_mode):
-                    real_fsync(fd)
-
-            os.fsync = files_only
-        case "none":
-            pass
-        case _:
-            raise ValueError(protection)
 
 
 async def commit(store: ManifestStore, name: str) -> None:

@@ -1,7 +1,9 @@
 """Starts a manifest on what a power cut left of it, and tells all that it then holds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from app.core.base.clock import SystemClock
 from app.core.base.errors import FatalError
@@ -24,7 +26,8 @@ class Recovered:
     replayed: Catalogue
 
 
-async def recover(directory: Path) -> Recovered:
+async def recover(directory: Path, notes: Sequence[dict[str, Any]]) -> Recovered:
+    del notes  # what is there does not depend on them
     failures: list[FatalError] = []
     store = await ManifestStore.open(
         directory / "manifest",

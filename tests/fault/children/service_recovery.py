@@ -1,5 +1,6 @@
 """Starts the service on what a power cut left of its disk, and tells all that it then holds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ class Recovered:
     findings: list[str] = field(default_factory=list)
 
 
-async def recover(directory: Path) -> Recovered:
+async def recover(directory: Path, notes: Sequence[dict[str, Any]]) -> Recovered:
+    del notes  # what is there does not depend on them
     data_dir, found = directory / "data", Recovered()
     async with service(data_dir) as client:
         await wait_until(lambda: _is_idle(client), timeout=20, describe="idle jobs")

@@ -1,38 +1,18 @@
 """The standard workload on the whole service, with a note of each try and each answer.
 
-The first argument takes a protection away, so that a test can show it would be missed:
-`fdatasync` (the WAL's), `directory` (no fsync of directories), or `none`.
+The first argument names the protection to take away.
 """
 
 import asyncio
-import os
-import stat
 import sys
 
 import httpx
 
 from tests.fault.children.notes import ROOT, note
+from tests.fault.children.protections import take_away
 from tests.fault.children.service_in_process import service
 from tests.helpers.ledger import Append
 from tests.helpers.workload import Workload
-
-
-def take_away(protection: str) -> None:
-    real_fsync = os.fsync
-    match protection:
-        case "fdatasync":
-            os.fdatasync = lambda fd: None
-        case "directory":
-
-            def files_only(fd: int) -> None:
-                if not stat.S_ISDIR(os.fstat(fd).st_mode):
-                    real_fsync(fd)
-
-            os.fsync = files_only
-        case "none":
-            pass
-        case _:
-            raise ValueError(protection)
 
 
 class NotedWorkload(Workload):

@@ -6,7 +6,6 @@ import pytest
 from fastapi import APIRouter, Request
 
 from app.core.base.errors import StartRefused
-from app.core.services.debugging import NamedLease
 from app.main import create_app
 from app.routers import auth
 from app.routers.auth import OPEN_PATHS, SCOPES, needs
@@ -173,10 +172,9 @@ async def test_a_body_that_names_another_tenant_meets_404(guarded: Running):
 
 
 async def test_debug_lists_show_a_bound_token_its_own_only(guarded: Running):
-    kept: list[NamedLease] = []
-    for number in range(6):
-        kept.append(lease("acme" if number % 2 else "zeta", db_id=number, chunk_id=0))
-    guarded.service.leases_kept = kept
+    guarded.service.leases_kept = [
+        lease("acme" if number % 2 else "zeta", db_id=number, chunk_id=0) for number in range(6)
+    ]
     client = guarded.client
     seen, path = [], "/debug/checkpoint/leases?limit=2"
     while path:

@@ -40,7 +40,7 @@ async def test_the_database_object(client):
         "checkpointed_lsn": 0,
         "page_count": 0,
         "wal_bytes": 0,
-        "created_at": "2025-11-23T14:05:00.000000Z",
+        "created_at": "2025-11-23T21:05:00.000000Z",
         "forked_from": None,
         "health": {"state": "ok", "lost_from_lsn": None},
         "retention": {"keep_generations": None, "keep_seconds": 86400, "minimum_generations": 2},

@@ -41,7 +41,7 @@ async def test_trigger(client, service):
         },
         "attempts": 0,
         "reason": "upgrade",
-        "created_at": "2025-11-23T14:05:00.000001Z",
+        "created_at": "2025-11-23T21:05:00.000001Z",
         "started_at": None,
         "finished_at": None,
         "error": None,

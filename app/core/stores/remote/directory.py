@@ -24,6 +24,16 @@ from app.core.base import failpoints
 from app.core.base.errors import BopError, CorruptBlob, DiskFull, OutcomeUnknown, RemoteUnavailable
 from app.core.base.tasks import BlockingPool
 from app.core.formats.crc64 import crc64
+from app.core.stores.remote.directory_files import (
+    COPY_BYTES,
+    entries,
+    fill_blocking,
+    link_new,
+    make_directories,
+    opened_body,
+    remove_if_dead,
+    sync_directory,
+)
 from app.core.stores.remote.keys import check_key, check_prefix
 from app.core.stores.remote.protocol import (
     BlobInfo,
@@ -34,7 +44,6 @@ from app.core.stores.remote.protocol import (
     UploadCorrupted,
 )
 
-COPY_BYTES = 1024 * 1024
 READ_BYTES = 256 * 1024
 LIST_BATCH_COUNT = 1000
 
@@ -71,7 +80,7 @@ class DirectoryRemoteStore:
     async def put_if_absent(self, key: str, body: BytesBody) -> BlobInfo | None:
         target = self._path(key)
         try:
-            return await self._pool.run(self._put_blocking, key, target, body, _link_new)
+            return await self._pool.run(self._put_blocking, key, target, body, link_new)
         except FileExistsError:
             return None
 
@@ -132,29 +141,29 @@ class DirectoryRemoteStore:
             with self._lock():
                 temporary.mkdir(exist_ok=True)
                 for left in temporary.iterdir():
-                    _remove_if_dead(left)
+                    remove_if_dead(left)
 
     def _put_blocking(
         self, key: str, target: Path, body: Body, place: Callable[[Path, Path], None]
     ) -> BlobInfo:
         """`place` moves the finished file to its name, under the lock; FileExistsError passes."""
         with (
-            _source(body) as source,
+            opened_body(body) as source,
             self._errors("put", key),
             self._temporary() as (temporary, fd),
         ):
-            checksum = _fill_blocking(fd, source)
+            checksum = fill_blocking(fd, source)
             if checksum != body.crc64:
                 raise UploadCorrupted("The body does not match its checksum.", key=key)
             os.fsync(fd)
             failpoints.fp("directory.before_place")
             with self._lock():
-                made = _make_directories(self._root, target.parent)
+                made = make_directories(self._root, target.parent)
                 place(temporary, target)
                 with _unknown_from_here(key):
                     failpoints.fp("directory.mid_place")
                     for directory in (*made, target.parent):
-                        _sync_directory(directory)
+                        sync_directory(directory)
                     found = target.stat()
         return _info(key, found, crc=checksum)
 
@@ -184,7 +193,7 @@ class DirectoryRemoteStore:
                 except OSError:
                     failed.append(key)
             for directory in sorted(changed, reverse=True):
-                _sync_directory(directory)
+                sync_directory(directory)
                 self._prune(directory)
         return tuple(failed)
 
@@ -260,8 +269,8 @@ class DirectoryRemoteStore:
         while waiting:
             where = waiting.pop()
             with self._errors("list", prefix):
-                entries = _entries(self._root / where if where else self._root)
-            for name, found in entries:
+                within = entries(self._root / where if where else self._root)
+            for name, found in within:
                 key = f"{where}/{name}" if where else name
                 if stat.S_ISDIR(found.st_mode):
                     if f"{key}/".startswith(prefix) or prefix.startswith(f"{key}/"):
@@ -291,7 +300,11 @@ class DirectoryRemoteStore:
         except (FileExistsError, BopError):
             raise
         except OSError as error:
-            fields: dict[str, Any] = {"op": op, "key": key, "error": errno.errorcode.get(error.errno or 0, "")}
+            fields: dict[str, Any] = {
+                "op": op,
+                "key": key,
+                "error": errno.errorcode.get(error.errno or 0, ""),
+            }
             if error.errno in {errno.ENOSPC, errno.EDQUOT}:
                 raise DiskFull("The disk of the remote directory is full.", **fields) from error
             text = f"The remote directory fails: {error.strerror}."
@@ -307,95 +320,6 @@ def _unknown_from_here(key: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutcomeUnknown("The directory cannot be synced.", key=key) from error
-
-
-@contextlib.contextmanager
-def _source(body: Body) -> Iterator[bytes | int]:
-    """A small body's bytes, or a descriptor of the file. What is wrong with the file itself is
-    not the remote directory's failure, and raised as it is.
-    """
-    if isinstance(body, BytesBody):
-        yield body.data
-        return
-    fd = os.open(body.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if (found := os.fstat(fd).st_size) != body.bytes:
-            raise CorruptBlob(
-                "The file to upload has not the recorded length.", bytes=found, expected=body.bytes
-            )
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _fill_blocking(fd: int, source: bytes | int) -> int:
-    """Writes the body and returns the CRC of what was written."""
-    if isinstance(source, bytes):
-        _write_all(fd, memoryview(source))
-        return crc64(source)
-    buffer = memoryview(bytearray(COPY_BYTES))
-    checksum = 0
-    while count := os.readv(source, [buffer]):
-        checksum = crc64(buffer[:count], checksum)
-        _write_all(fd, buffer[:count])
-    return checksum
-
-
-def _write_all(fd: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
-
-
-def _link_new(source: Path, target: Path) -> None:
-    """Fails with FileExistsError where the name is taken: `link` never replaces."""
-    target.hardlink_to(source)
-
-
-def _make_directories(root: Path, wanted: Path) -> list[Path]:
-    """Makes what is missing, and returns the directories whose entries that changed."""
-    if wanted == root or wanted.is_dir():
-        return []
-    changed = _make_directories(root, wanted.parent)
-    with contextlib.suppress(FileExistsError):
-        wanted.mkdir()
-    return [*changed, wanted.parent]
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _remove_if_dead(path: Path) -> None:
-    """A temporary file is locked by who writes it, and the lock goes with the process."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
-    except BlockingIOError:
-        return
-    finally:
-        os.close(fd)
-
-
-def _entries(directory: Path) -> list[tuple[str, os.stat_result]]:
-    """Names with what they are, but for reserved ones. A directory or file that a deletion just
-    removed holds nothing; any other failure is raised, for a listing must be complete.
-    """
-    entries: list[tuple[str, os.stat_result]] = []
-    try:
-        with os.scandir(directory) as scan:
-            for entry in scan:
-                if entry.name.startswith("."):
-                    continue
-                with contextlib.suppress(FileNotFoundError):
-                    entries.append((entry.name, entry.stat(follow_symlinks=False)))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return entries
 
 
 def _take_blocking(found: Iterator[BlobInfo]) -> list[BlobInfo]:

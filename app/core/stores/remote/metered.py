@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from app.core.base.clock import Clock
 from app.core.base.events import Events
 from app.core.stores.remote.protocol import BlobInfo, BlobMissing, Body, BytesBody, RemoteStore
+from app.core.stores.remote.streams import closing
 
 
 class _Count:
@@ -63,9 +64,10 @@ class Metered(RemoteStore):
     ) -> AsyncIterator[bytes]:
         """Counts as `get_blob`; the seconds include the consumer's own."""
         with self._request("get_blob") as count:
-            async for piece in self._inner.iter_blob(key, first=first, length=length):
-                count.read += len(piece)
-                yield piece
+            async with closing(self._inner.iter_blob(key, first=first, length=length)) as stream:
+                async for piece in stream:
+                    count.read += len(piece)
+                    yield piece
 
     async def delete_blobs(self, keys: Sequence[str]) -> Sequence[str]:
         with self._request("delete_blobs"):
@@ -73,8 +75,9 @@ class Metered(RemoteStore):
 
     async def list_blobs(self, prefix: str) -> AsyncIterator[BlobInfo]:
         with self._request("list_blobs"):
-            async for info in self._inner.list_blobs(prefix):
-                yield info
+            async with closing(self._inner.list_blobs(prefix)) as found:
+                async for info in found:
+                    yield info
 
     async def aclose(self) -> None:
         await self._inner.aclose()

@@ -10,7 +10,6 @@ Cancellation: ends the wait or the request; nothing goes on behind.
 Crash: nothing is kept.
 """
 
-import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -24,6 +23,7 @@ from app.core.stores.remote.protocol import (
     UploadCorrupted,
 )
 from app.core.stores.remote.requests import ConcurrencyLimit, Retrier
+from app.core.stores.remote.streams import closing
 
 T = TypeVar("T")
 
@@ -38,32 +38,15 @@ class Retrying(RemoteStore):
         return f"<Retrying {self._inner!r}>"
 
     async def put_blob(self, key: str, body: Body) -> BlobInfo:
-        """Raises CorruptBlob where the body arrives damaged again and again: then it is damaged
-        here.
-        """
-        attempt = 0
-        while True:
-            attempt += 1
-            try:
-                async with self._limit.slot():
-                    info = await self._inner.put_blob(key, body)
-            except OutcomeUnknown as unknown:
-                found = await self.head_blob(key)
-                if found is not None and (found.bytes, found.crc64) == (body.bytes, body.crc64):
-                    return found
-                await self._retrier.back_off("put_blob", unknown, attempt=attempt)
-            except UploadCorrupted as damaged:
-                try:
-                    await self._retrier.back_off("put_blob", damaged, attempt=attempt)
-                except UploadCorrupted as twice:
-                    raise CorruptBlob(
-                        "The bytes to upload do not match their recorded checksum.", key=key
-                    ) from twice
-            except BopError as error:
-                await self._retrier.back_off("put_blob", error, attempt=attempt)
-            else:
-                self._retrier.succeeded()
-                return info
+        """Raises CorruptBlob where the body arrives damaged twice: then it is damaged here."""
+
+        async def adopt() -> BlobInfo | None:
+            found = await self.head_blob(key)
+            if found is None or (found.bytes, found.crc64) != (body.bytes, body.crc64):
+                return None
+            return found
+
+        return await self._put("put_blob", key, lambda: self._inner.put_blob(key, body), adopt)
 
     async def put_if_absent(self, key: str, body: BytesBody) -> BlobInfo | None:
         """None only if something else is there: an object equal to ours is ours."""
@@ -84,6 +67,20 @@ class Retrying(RemoteStore):
         body: BytesBody,
         put_once: Callable[[], Awaitable[BlobInfo | None]],
     ) -> BlobInfo | None:
+        async def adopt() -> BlobInfo | None:
+            return await self._equal_object(key, body)
+
+        info = await self._put(op, key, put_once, adopt)
+        return info or await adopt()
+
+    async def _put(
+        self,
+        op: str,
+        key: str,
+        put_once: Callable[[], Awaitable[T]],
+        adopt: Callable[[], Awaitable[T | None]],
+    ) -> T:
+        """`adopt` looks whether a put of unknown outcome took effect."""
         attempt = 0
         while True:
             attempt += 1
@@ -91,19 +88,28 @@ class Retrying(RemoteStore):
                 async with self._limit.slot():
                     info = await put_once()
             except OutcomeUnknown as unknown:
-                if ours := await self._equal_object(key, body):
+                try:
+                    ours = await adopt()
+                except BopError as error:
+                    raise unknown from error  # still unknown, and the caller must know that
+                if ours is not None:
                     return ours
                 await self._retrier.back_off(op, unknown, attempt=attempt)
             except BopError as error:
-                await self._retrier.back_off(op, error, attempt=attempt)
+                try:
+                    await self._retrier.back_off(op, error, attempt=attempt)
+                except UploadCorrupted as damaged:
+                    raise CorruptBlob(
+                        "The bytes to upload do not match their recorded checksum.", key=key
+                    ) from damaged
             else:
                 self._retrier.succeeded()
-                return info or await self._equal_object(key, body)
+                return info
 
     async def _equal_object(self, key: str, body: BytesBody) -> BlobInfo | None:
         """What is at the key, if its bytes are ours."""
         found = await self.head_blob(key)
-        if found is None or found.bytes != body.bytes:
+        if found is None or (found.bytes, found.crc64 or body.crc64) != (body.bytes, body.crc64):
             return None
         try:
             data = await self.get_blob(key)
@@ -122,24 +128,25 @@ class Retrying(RemoteStore):
     async def iter_blob(
         self, key: str, *, first: int = 0, length: int | None = None
     ) -> AsyncIterator[bytes]:
-        """Goes on behind the last byte that arrived when a connection breaks. Attempts count anew
-        with each byte that arrives. The slot is held while the stream is consumed.
+        """Goes on behind the last byte that arrived when a connection breaks; attempts count anew
+        with each byte that arrives. A slot is held until the first byte, not while the consumer
+        works: one that makes other requests meanwhile must not wait for itself.
         """
         arrived, attempt = 0, 0
         while True:
             attempt += 1
             left = None if length is None else length - arrived
             try:
-                async with (
-                    self._limit.slot(),
-                    contextlib.aclosing(
-                        _closable(self._inner.iter_blob(key, first=first + arrived, length=left))
-                    ) as stream,
-                ):
-                    async for piece in stream:
+                async with closing(
+                    self._inner.iter_blob(key, first=first + arrived, length=left)
+                ) as stream:
+                    async with self._limit.slot():
+                        piece = await anext(stream, None)
+                    while piece is not None:
                         arrived += len(piece)
                         attempt = 0
                         yield piece
+                        piece = await anext(stream, None)
             except CorruptBlob:
                 raise  # what was handed out cannot be taken back
             except BopError as error:
@@ -153,8 +160,9 @@ class Retrying(RemoteStore):
 
     async def list_blobs(self, prefix: str) -> AsyncIterator[BlobInfo]:
         """The store itself tries each page again: begun anew, a listing would repeat itself."""
-        async for info in self._inner.list_blobs(prefix):
-            yield info
+        async with closing(self._inner.list_blobs(prefix)) as found:
+            async for info in found:
+                yield info
 
     async def aclose(self) -> None:
         await self._inner.aclose()

@@ -13,7 +13,7 @@ the next attempt's abort removes it.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -46,6 +46,7 @@ from app.core.stores.remote.s3_errors import (
     status_of,
 )
 from app.core.stores.remote.s3_multipart import MultipartUpload
+from app.core.stores.remote.streams import closing
 
 READ_BYTES = 128 * 1024
 DELETE_COUNT_MAX = 1000
@@ -209,7 +210,7 @@ class S3RemoteStore:
         with self._mapped("get_blob", key, effect="read"):
             async with self._deadlines() as progress:
                 pieces = []
-                async with contextlib.aclosing(self._pieces(key, first, length)) as stream:
+                async with closing(self._pieces(key, first, length)) as stream:
                     async for piece in stream:
                         pieces.append(piece)
                         progress()
@@ -222,13 +223,11 @@ class S3RemoteStore:
         checked against the store's checksum at its end, so it is good only once the stream ended.
         """
         with self._mapped("iter_blob", key, effect="read"):
-            async with contextlib.aclosing(self._pieces(key, first, length)) as stream:
+            async with closing(self._pieces(key, first, length)) as stream:
                 async for piece in stream:
                     yield piece
 
-    async def _pieces(
-        self, key: str, first: int, length: int | None
-    ) -> AsyncGenerator[bytes, None]:
+    async def _pieces(self, key: str, first: int, length: int | None) -> AsyncIterator[bytes]:
         full = self._full(key)
         if length == 0:
             return

@@ -19,7 +19,6 @@ from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import get_session
 from botocore.handlers import add_expect_header
 
-_SPARE_CONNECTIONS = 8
 _DEFAULT_REGION = "us-east-1"
 
 
@@ -69,7 +68,7 @@ async def open_client(stack: AsyncExitStack, options: S3Options) -> Any:
         response_checksum_validation="when_required",
         connect_timeout=options.connect_timeout_seconds,
         read_timeout=options.idle_timeout_seconds,
-        max_pool_connections=options.concurrency + _SPARE_CONNECTIONS,
+        max_pool_connections=2 * options.concurrency + 8,  # streams under way hold no slot
         http_session_cls=_SingleAttemptSession,
     )
     client = await stack.enter_async_context(

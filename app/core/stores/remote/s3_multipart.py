@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
-from app.core.base import failpoints
 from app.core.base.errors import BopError, CorruptBlob
 from app.core.base.tasks import BlockingPool, for_each
 from app.core.formats.crc64 import combine_crc64, crc64, encode_crc64
@@ -100,7 +99,6 @@ class MultipartUpload:
             )
             if whole != self._body.crc64:
                 raise CorruptBlob("The file to upload does not match its recorded checksum.")
-            failpoints.fp("upload.before_complete_multipart")
             await self._complete(upload, stored)
         except BaseException:
             await self._abort(upload)

@@ -53,4 +53,6 @@ class FailStop:
     def check(self) -> None:
         """Raises StorageFailure once tripped."""
         if self._cause is not None:
-            raise StorageFailure("The WAL has stopped after a failure of the disk.") from self._cause
+            raise StorageFailure(
+                "The WAL has stopped after a failure of the disk."
+            ) from self._cause

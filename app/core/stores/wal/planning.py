@@ -17,6 +17,7 @@ class OpenSegment:
     """The segment that takes appends, if there is one."""
 
     segment_id: int
+    ceiling_lsn: int
     marks: SegmentMarks
 
 
@@ -98,10 +99,12 @@ class _Placing:
         self._entries_end_max = chunk_bytes + max(chunk_bytes, HEADERS_BYTES_MIN)
         self._runs: list[Run] = []
         self._run: Run | None = None
+        self._end = self._next_lsn = self._entries = self._payload_bytes = 0
+        self._line_safe, self._keyed = True, False
         if tail is not None:
             self._run = Run(
                 segment_id=tail.segment_id, creates=False, first_lsn=tail.marks.next_lsn,
-                ceiling_lsn=0, offset=tail.marks.entries_end, marks=tail.marks,
+                ceiling_lsn=tail.ceiling_lsn, offset=tail.marks.entries_end, marks=tail.marks,
             )  # fmt: skip
             self._load_marks(tail.marks)
 
@@ -150,28 +153,25 @@ class _Placing:
         hole within the segment.
         """
         run = self._run
-        if (
-            run is not None
-            and self._next_lsn == lsn
-            and (
-                self._entries == 0
-                or (
-                    self._payload_bytes + size <= self._chunk_bytes
-                    and self._end + ENTRY_HEADER_BYTES + size <= self._entries_end_max
-                )
-            )
-        ):
-            return run
-        self._close_run()
-        marks = SegmentMarks(next_lsn=lsn)
-        self._load_marks(marks)
-        # Either the first entry is alone in it, or all its payload is at most chunk_bytes.
-        lsns_max = max(count, self._chunk_bytes // UNIT_BYTES_MIN) + 1
-        self._run = Run(
-            segment_id=lsn, creates=True, first_lsn=lsn, ceiling_lsn=lsn + lsns_max,
-            offset=SEGMENT_HEADER_BYTES, marks=marks,
-        )  # fmt: skip
-        return self._run
+        if run is None or self._next_lsn != lsn or not self._fits(size):
+            self._close_run()
+            marks = SegmentMarks(next_lsn=lsn)
+            self._load_marks(marks)
+            run = self._run = Run(
+                segment_id=lsn, creates=True, first_lsn=lsn, ceiling_lsn=0,
+                offset=SEGMENT_HEADER_BYTES, marks=marks,
+            )  # fmt: skip
+        if self._entries == 0:
+            # Either this entry will be alone, or all payload together is at most chunk_bytes.
+            lsns_max = max(count, self._chunk_bytes // UNIT_BYTES_MIN) + 1
+            run.ceiling_lsn = max(run.ceiling_lsn, lsn + lsns_max)
+        return run
+
+    def _fits(self, size: int) -> bool:
+        return self._entries == 0 or (
+            self._payload_bytes + size <= self._chunk_bytes
+            and self._end + ENTRY_HEADER_BYTES + size <= self._entries_end_max
+        )
 
     def _load_marks(self, marks: SegmentMarks) -> None:
         self._end = marks.entries_end

@@ -70,6 +70,24 @@ class SegmentInfo:
     state: SegmentState
     summary: SegmentSummary
 
+    @classmethod
+    def of(
+        cls,
+        summary: SegmentSummary,
+        *,
+        path: Path,
+        engine: EngineCode,
+        index: IndexArray,
+        state: SegmentState,
+    ) -> "SegmentInfo":
+        return cls(
+            db_id=summary.db_id, segment_id=summary.segment_id, engine=engine, path=path,
+            first_lsn=summary.first_lsn, last_lsn=summary.last_lsn, entries=summary.entries,
+            entries_end=summary.entries_end, payload_bytes=summary.payload_bytes,
+            file_bytes=summary.segment_bytes, line_safe=summary.line_safe, index=index,
+            state=state, summary=summary,
+        )  # fmt: skip
+
     @property
     def engine_name(self) -> Literal["append_only", "libsql"]:
         return _ENGINE_NAMES[self.engine]
@@ -111,16 +129,23 @@ class Segment:
     """
 
     __slots__ = (
-        "durable", "fd", "file_sealed", "first_lsn", "index", "info", "path", "pins",
+        "ceiling_lsn", "durable", "fd", "file_sealed", "first_lsn", "index", "info", "path", "pins",
         "segment_id", "written",
     )  # fmt: skip
 
     def __init__(
-        self, *, segment_id: int, path: Path, first_lsn: int, marks: SegmentMarks | None = None
+        self,
+        *,
+        segment_id: int,
+        path: Path,
+        first_lsn: int,
+        ceiling_lsn: int = 0,
+        marks: SegmentMarks | None = None,
     ) -> None:
         self.segment_id = segment_id
         self.path = path
         self.first_lsn = first_lsn
+        self.ceiling_lsn = ceiling_lsn  # as registered; 0: not yet
         self.written = self.durable = marks or SegmentMarks(next_lsn=first_lsn)
         self.index = IndexBuilder()
         self.fd: int | None = None

@@ -1,0 +1,118 @@
+"""Where bytes are read from: an open file, or an object on the remote store.
+
+Nothing here checks a checksum; who asks for bytes does (I10).
+Concurrency: files are read in the pool. Cancellation: a read of a file is waited for, so that its
+descriptor is never closed under it.
+"""
+
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Literal, Protocol
+
+from app.core.base.tasks import BlockingPool, uninterrupted
+from app.core.formats.damage import Damage
+from app.core.stores.remote.protocol import RemoteStore
+
+Tier = Literal["wal", "local", "remote"]
+
+PIECE_BYTES = 1024 * 1024
+
+
+class ByteSource(Protocol):
+    @property
+    def tier(self) -> Tier: ...
+
+    async def read(self, first: int, length: int) -> bytes:
+        """Exactly these bytes, in memory. Raises Damage if there are fewer."""
+        ...
+
+    def iter(self, first: int, length: int) -> AsyncIterator[bytes]:
+        """The same in pieces of at most 1 MiB."""
+        ...
+
+
+class LocalFile:
+    """An open file; `on_close` lets go of it."""
+
+    __slots__ = ("_descriptor", "_on_close", "_pool", "tier")
+
+    def __init__(
+        self, descriptor: int, *, tier: Tier, pool: BlockingPool, on_close: Callable[[], None]
+    ) -> None:
+        self.tier: Tier = tier
+        self._descriptor = descriptor
+        self._pool = pool
+        self._on_close = on_close
+
+    @classmethod
+    async def open(cls, path: Path, *, tier: Tier, pool: BlockingPool) -> "LocalFile":
+        opened: list[int] = []
+
+        async def open_and_keep() -> None:
+            opened.append(await pool.run(os.open, path, os.O_RDONLY | os.O_CLOEXEC))
+
+        try:
+            await uninterrupted(open_and_keep())
+        except BaseException:
+            for descriptor in opened:
+                os.close(descriptor)
+            raise
+        descriptor = opened[0]
+        return cls(descriptor, tier=tier, pool=pool, on_close=lambda: os.close(descriptor))
+
+    async def read(self, first: int, length: int) -> bytes:
+        return await uninterrupted(
+            self._pool.run(read_exactly_blocking, self._descriptor, first, length)
+        )
+
+    async def iter(self, first: int, length: int) -> AsyncIterator[bytes]:
+        end = first + length
+        while first < end:
+            piece = await self.read(first, min(PIECE_BYTES, end - first))
+            yield piece
+            first += len(piece)
+
+    def close(self) -> None:
+        """Again is harmless."""
+        if self._descriptor >= 0:
+            self._descriptor = -1
+            self._on_close()
+
+
+class RemoteBlob:
+    """An object, read by ranges. Holds nothing open between reads, however slow its reader."""
+
+    __slots__ = ("_key", "_store")
+
+    tier: Tier = "remote"
+
+    def __init__(self, store: RemoteStore, key: str) -> None:
+        self._store = store
+        self._key = key
+
+    async def read(self, first: int, length: int) -> bytes:
+        data = await self._store.get_blob(self._key, first=first, length=length)
+        if len(data) != length:
+            raise Damage(f"{len(data)} bytes instead of {length}", offset=first)
+        return data
+
+    async def iter(self, first: int, length: int) -> AsyncIterator[bytes]:
+        missing = length
+        async for piece in self._store.iter_blob(self._key, first=first, length=length):
+            missing -= len(piece)
+            if missing < 0:
+                break
+            yield piece
+        if missing != 0:
+            raise Damage(f"{length - missing} bytes instead of {length}", offset=first)
+
+
+def read_exactly_blocking(descriptor: int, first: int, length: int) -> bytes:
+    data = os.pread(descriptor, length, first)
+    while len(data) < length:
+        more = os.pread(descriptor, length - len(data), first + len(data))
+        if not more:
+            raise Damage("file is cut off", offset=first + len(data))
+        data += more
+    return data

@@ -1,0 +1,322 @@
+"""Writes a log's files: groups of appends, then seals.
+
+Invariants: I1: a group counts once its entries, its new files' names and their rows are durable,
+in this order: a file without a row therefore holds nothing acknowledged, and a row says that all
+of the file before it was made durable. I13: a group that fails is taken back to the byte, durably.
+I16: a failed sync or truncation is never tried again.
+Concurrency: one thread at a time per log.
+Crash: at any point recovery finds the last acknowledged group, or that and the one being written.
+"""
+
+import errno
+from collections.abc import Sequence
+from pathlib import Path
+
+from app.core.base import failpoints
+from app.core.base.errors import BopError, InvariantViolation, StorageFailure
+from app.core.formats.segment import (
+    NO_HASH,
+    EngineCode,
+    EntryFlag,
+    EntryHeader,
+    SegmentHeader,
+    SegmentSummary,
+    pack_directory,
+    pack_entry_header,
+    pack_segment_header,
+)
+from app.core.stores.wal.disk import Buffer, Disk
+from app.core.stores.wal.failure import judge_write
+from app.core.stores.wal.planning import GroupPlan, Run
+from app.core.stores.wal.segments import (
+    Segment,
+    SegmentCatalog,
+    SegmentInfo,
+    SegmentMarks,
+    segment_name,
+)
+
+PIECES_MAX = 1024  # IOV_MAX
+BATCH_BYTES_MAX = 4 * 1024 * 1024  # of payload held in memory at once
+
+Written = tuple[tuple[Segment, SegmentMarks], ...]
+
+
+class LogWriter:
+    def __init__(
+        self,
+        disk: Disk,
+        *,
+        directory: Path,
+        db_id: int,
+        engine: EngineCode,
+        chunk_bytes: int,
+        catalog: SegmentCatalog,
+    ) -> None:
+        self._disk = disk
+        self._directory = directory
+        self._db_id = db_id
+        self._engine = engine
+        self._chunk_bytes = chunk_bytes
+        self._catalog = catalog
+
+    def write_group_blocking(
+        self, plan: GroupPlan, *, tail: Segment | None, durable_lsn: int, now_us: int
+    ) -> Written:
+        """Durable on return: each segment written to, with its new marks. Raises DiskFull, NotReady
+        or what the catalogue refused with, and nothing of the group is left; StorageFailure when
+        that cannot be known.
+        """
+        targets: list[tuple[Segment, Run]] = []
+        try:
+            failpoints.fp("wal.before_write")
+            for run in plan.runs:
+                segment = self._target(run, tail)
+                targets.append((segment, run))
+                self._write_run(segment, run, durable_lsn=durable_lsn, now_us=now_us)
+            failpoints.fp("wal.after_write")
+        except OSError as error:
+            judged = judge_write(
+                error, disk=self._disk, directory=self._directory, needed_bytes=plan.write_bytes
+            )
+            if not isinstance(judged, StorageFailure):
+                self._take_back(targets)
+            raise judged from error
+        except BopError:
+            self._take_back(targets)
+            raise
+        self._sync(targets)
+        failpoints.fp("wal.after_fsync")
+        self._register(targets)
+        for segment, run in targets:
+            segment.written = run.marks
+            for entry in run.entries:
+                segment.index.add(first_lsn=entry.first_lsn, offset=entry.offset)
+        return tuple((segment, run.marks) for segment, run in targets)
+
+    def seal_blocking(self, segment: Segment) -> SegmentInfo:
+        """Directory, trailer and row, all durable. A second call does what the first could not.
+        Everything in the segment is complete and durable before. Raises DiskFull, StorageFailure
+        or what the catalogue refused with.
+        """
+        if segment.file_sealed is None:
+            failpoints.fp("wal.before_seal")
+            info = sealed_info(
+                segment, db_id=self._db_id, engine=self._engine, marks=segment.written
+            )
+            self._write_directory(segment, info)
+            segment.file_sealed = info
+        self._catalog.seal_blocking(segment.file_sealed)
+        failpoints.fp("wal.after_seal")
+        return segment.file_sealed
+
+    def remove_blocking(self, segment_ids: Sequence[int]) -> None:
+        """The files are gone, durably. Raises StorageFailure."""
+        failpoints.fp("wal.before_remove")
+        try:
+            for segment_id in segment_ids:
+                self._disk.unlink(self._directory / segment_name(segment_id))
+            self._disk.sync_directory(self._directory)
+        except FileNotFoundError:
+            pass  # no directory: nothing is left to remove
+        except OSError as error:
+            raise StorageFailure(f"A WAL segment cannot be removed: {error}") from error
+        failpoints.fp("wal.after_remove")
+
+    def truncate_blocking(self, segment: Segment) -> None:
+        """Cuts the file to `written`, durably. Raises StorageFailure."""
+        try:
+            fd = self._open(segment)
+            self._disk.truncate(fd, segment.written.entries_end)
+            self._disk.sync_data(fd)
+        except OSError as error:
+            raise StorageFailure(f"A WAL segment cannot be cut: {error}") from error
+
+    def close_blocking(self, segments: Sequence[Segment]) -> None:
+        for segment in segments:
+            self._close(segment)
+
+    # --- writing ------------------------------------------------------------------------------
+
+    def _target(self, run: Run, tail: Segment | None) -> Segment:
+        if not run.creates:
+            assert tail is not None
+            assert tail.segment_id == run.segment_id
+            self._open(tail)
+            return tail
+        path = self._directory / segment_name(run.segment_id)
+        segment = Segment(segment_id=run.segment_id, path=path, first_lsn=run.first_lsn)
+        if self._disk.make_directory(self._directory):
+            self._sync_directory(self._directory.parent)
+        # What may be left of a failed group has no row; unlinked, never overwritten: a promoted
+        # chunk is a link to its segment's inode.
+        self._disk.unlink(path)
+        segment.fd = self._disk.create(path)
+        return segment
+
+    def _write_run(self, segment: Segment, run: Run, *, durable_lsn: int, now_us: int) -> None:
+        assert segment.fd is not None
+        fd, offset = segment.fd, run.offset
+        pieces: list[Buffer] = []
+        pending_bytes = 0
+        if run.creates:
+            offset = 0
+            header = SegmentHeader(
+                engine=self._engine, db_id=self._db_id, segment_id=run.segment_id,
+                first_lsn=run.first_lsn, chunk_bytes=self._chunk_bytes,
+            )  # fmt: skip
+            pieces.append(pack_segment_header(header))
+            pending_bytes = len(pieces[0])
+        for entry in run.entries:
+            payload = entry.payload.load_blocking()
+            if len(payload) != entry.payload.payload_bytes:
+                raise InvariantViolation(
+                    "An entry's payload is not as long as announced.",
+                    announced=entry.payload.payload_bytes, loaded=len(payload),
+                )  # fmt: skip
+            head = EntryHeader(
+                type=entry.type, flags=EntryFlag(entry.flags), first_lsn=entry.first_lsn,
+                count=entry.payload.count, payload_bytes=len(payload), durable_lsn=durable_lsn,
+                appended_at_us=now_us, key_hash=entry.key_hash or NO_HASH,
+                body_hash=entry.body_hash if entry.body_hash and entry.key_hash else NO_HASH,
+            )  # fmt: skip
+            pieces += (pack_entry_header(head, (payload,)), payload)
+            pending_bytes += head.entry_bytes
+            if pending_bytes >= BATCH_BYTES_MAX or len(pieces) > PIECES_MAX - 2:
+                self._write(fd, pieces, offset)
+                offset += pending_bytes
+                pieces, pending_bytes = [], 0
+        if pieces:
+            self._write(fd, pieces, offset)
+            offset += pending_bytes
+        assert offset == run.marks.entries_end
+
+    def _write(self, fd: int, pieces: Sequence[Buffer], offset: int) -> None:
+        if failpoints.armed():
+            data = b"".join(pieces)
+            half = len(data) // 2
+            write_all(self._disk, fd, [data[:half]], offset)
+            failpoints.fp("wal.mid_write")
+            pieces, offset = [data[half:]], offset + half
+        write_all(self._disk, fd, pieces, offset)
+
+    def _sync(self, targets: Sequence[tuple[Segment, Run]]) -> None:
+        try:
+            for segment, _ in targets:
+                assert segment.fd is not None
+                self._disk.sync_data(segment.fd)
+        except OSError as error:
+            raise StorageFailure(f"The WAL cannot be synced: {error}") from error
+        if any(run.creates for _, run in targets):
+            self._sync_directory(self._directory)
+
+    def _register(self, targets: Sequence[tuple[Segment, Run]]) -> None:
+        """Rows after the data: then recovery never finds a row whose file it would have to cut,
+        but for a request over three segments and a crash between the rows of its last two.
+        """
+        registered = False
+        for segment, run in targets:
+            if run.ceiling_lsn <= segment.ceiling_lsn:
+                continue
+            failpoints.fp("wal.before_register")
+            try:
+                self._catalog.register_blocking(
+                    db_id=self._db_id,
+                    segment_id=run.segment_id,
+                    first_lsn=segment.first_lsn,
+                    ceiling_lsn=run.ceiling_lsn,
+                )
+            except BopError as error:
+                if registered:  # half of the group is in the catalogue: nothing can be taken back
+                    raise StorageFailure("A segment of several was refused.") from error
+                self._take_back(targets)
+                raise
+            registered = True
+            segment.ceiling_lsn = run.ceiling_lsn
+            failpoints.fp("wal.after_register")
+
+    def _take_back(self, targets: Sequence[tuple[Segment, Run]]) -> None:
+        """As if the group had never been. Durably, so that what was answered with an error cannot
+        come back after a power cut (I13).
+        """
+        try:
+            for segment, run in reversed(targets):
+                if run.creates:
+                    self._close(segment)
+                    self._disk.unlink(segment.path)
+                else:
+                    self.truncate_blocking(segment)
+        except OSError as error:
+            raise StorageFailure(f"A failed write cannot be taken back: {error}") from error
+
+    # --- sealing ------------------------------------------------------------------------------
+
+    def _write_directory(self, segment: Segment, info: SegmentInfo) -> None:
+        directory = pack_directory(info.summary, info.index)
+        half = len(directory) // 2
+        offset = info.entries_end
+        try:
+            fd = self._open(segment)
+            write_all(self._disk, fd, [directory[:half]], offset)
+            failpoints.fp("wal.mid_seal")
+            write_all(self._disk, fd, [directory[half:]], offset + half)
+        except OSError as error:
+            judged = judge_write(
+                error, disk=self._disk, directory=self._directory, needed_bytes=len(directory)
+            )
+            if not isinstance(judged, StorageFailure):
+                self.truncate_blocking(segment)
+            raise judged from error
+        try:
+            self._disk.sync_data(fd)
+        except OSError as error:
+            raise StorageFailure(f"A sealed segment cannot be synced: {error}") from error
+        self._close(segment)
+
+    # --- files --------------------------------------------------------------------------------
+
+    def _open(self, segment: Segment) -> int:
+        if segment.fd is None:
+            segment.fd = self._disk.open(segment.path, writable=True)
+        return segment.fd
+
+    def _close(self, segment: Segment) -> None:
+        if segment.fd is not None:
+            fd, segment.fd = segment.fd, None
+            self._disk.close(fd)
+
+    def _sync_directory(self, path: Path) -> None:
+        try:
+            self._disk.sync_directory(path)
+        except OSError as error:
+            raise StorageFailure(f"A directory of the WAL cannot be synced: {error}") from error
+
+
+def sealed_info(
+    segment: Segment, *, db_id: int, engine: EngineCode, marks: SegmentMarks
+) -> SegmentInfo:
+    index = segment.index.array()
+    summary = SegmentSummary(
+        db_id=db_id, segment_id=segment.segment_id, first_lsn=segment.first_lsn,
+        last_lsn=marks.next_lsn - 1, entries=marks.entries, entries_end=marks.entries_end,
+        payload_bytes=marks.payload_bytes, index_points=len(index), line_safe=marks.line_safe,
+        keyed=marks.keyed,
+    )  # fmt: skip
+    return SegmentInfo.of(summary, path=segment.path, engine=engine, index=index, state="sealed")
+
+
+def write_all(disk: Disk, fd: int, pieces: Sequence[Buffer], offset: int) -> None:
+    """Completes short writes."""
+    left = list(pieces)
+    while left:
+        count = disk.write(fd, left[:PIECES_MAX], offset)
+        offset += count
+        done = 0
+        while done < len(left) and count >= len(left[done]):
+            count -= len(left[done])
+            done += 1
+        del left[:done]
+        if count:
+            left[0] = memoryview(left[0])[count:]
+        elif not done:
+            raise OSError(errno.EIO, "a write wrote nothing")

@@ -1,0 +1,133 @@
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from app.cli.main import hoisted, wants_json
+
+HEAVY = ("fastapi", "uvicorn", "lmdb", "aiobotocore", "pydantic", "httpx", "rich", "numpy")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from app.cli.main import main\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as end:\n"
+        f"    print([name for name in {HEAVY!r} if name in sys.modules], end.code)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.splitlines()[-1] == "[] 0"
+    assert "append" in ended.stdout
+
+
+def test_talking_to_a_service_imports_no_server():
+    code = (
+        "import sys, app.client, app.cli.main, app.cli.drawing\n"
+        "print([name for name in ('fastapi', 'uvicorn', 'lmdb', 'aiobotocore', 'pydantic_settings')"
+        " if name in sys.modules])\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == "[]\n"
+
+
+def test_every_command_of_the_contract_is_there(cli):
+    shown = cli("--help").stdout
+    commands = "serve recover demo databases append records checkpoint generations jobs leases"
+    for command in [*commands.split(), "manifest", "fsck", "tokens"]:
+        assert f"\n  {command} " in shown
+    assert {"create", "list", "show"} <= set(cli("databases", "--help").stdout.split())
+    assert {"list", "show", "watch", "cancel"} <= set(cli("jobs", "--help").stdout.split())
+    assert {"stats", "change-log"} <= set(cli("manifest", "--help").stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([], []),
+        (["jobs", "list", "--output", "json"], ["--output", "json", "jobs", "list"]),
+        (["jobs", "--url=x", "list", "--token", "t"], ["--url=x", "--token", "t", "jobs", "list"]),
+        (["append", "--", "--output", "json"], ["append", "--", "--output", "json"]),
+        (["jobs", "--output"], ["--output", "jobs"]),
+    ],
+)
+def test_global_options_may_stand_anywhere(given, wanted):
+    assert hoisted(given) == wanted
+
+
+def test_wants_json():
+    assert wants_json(["--output", "json", "x"])
+    assert wants_json(["--output=json"])
+    assert not wants_json([])
+    assert not wants_json(["--output", "table", "json"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["databases", "show"],
+        ["databases", "show", "no-slash"],
+        ["databases", "show", "UPPER/case"],
+        ["databases", "create", "acme/events", "--engine", "mysql"],
+        ["jobs", "list", "--state", "asleep"],
+        ["--output", "xml", "jobs", "list"],
+        ["--url", "nonsense", "jobs", "list"],
+        ["records", "acme/events", "--format", "single", "--follow"],
+        ["append", "acme/events", "--nonsense"],
+    ],
+)
+def test_wrong_usage_is_2(cli, api, arguments):
+    ran = cli(*arguments)
+    assert ran.exit_code == 2
+    assert ran.stderr.startswith("Error: ")
+    assert api.requests == []
+
+
+def test_wrong_usage_as_json(cli):
+    ran = cli("databases", "show", "--output", "json")
+    assert ran.exit_code == 2
+    assert ran.problem["code"] == "wrong_usage"
+    assert "TENANT/DATABASE" in ran.problem["detail"]
+    assert ran.stdout == ""
+
+
+def test_a_problem_is_a_sentence_with_what_to_do(cli):
+    ran = cli("databases", "show", "acme/events")
+    assert ran.exit_code == 1
+    assert ran.stderr.startswith("Error: There is no acme/events.\n")
+    assert "databases create" in ran.stderr
+    problem = cli.json("databases", "show", "acme/events").problem
+    assert (problem["code"], problem["status"]) == ("database_not_found", 404)
+    assert problem["request_id"] == "r1"
+
+
+def test_token_and_url_come_from_the_environment_too(cli, api):
+    api.token = "secret"
+    api.add_database("acme", "events")
+    assert cli("databases", "list", "acme").exit_code == 1
+    assert "BOP_TOKEN" in cli("databases", "list", "acme").stderr
+    assert cli("databases", "list", "acme", "--token", "secret").exit_code == 0
+    env = {"BOP_TOKEN": "secret", "BOP_URL": "http://elsewhere:99"}
+    assert cli("databases", "list", "acme", env=env).exit_code == 0
+    assert api.requests[-1].url.netloc == b"elsewhere:99"
+
+
+def test_unreachable_names_the_url_and_how_to_start(cli, api):
+    def refuse(request):
+        raise httpx.ConnectError("connection refused", request=request)
+
+    api._before = [refuse] * 10
+    ran = cli.json("jobs", "list")
+    assert ran.exit_code == 1
+    assert ran.problem["code"] == "unreachable"
+    assert ran.problem["url"] == "http://127.0.0.1:8600"
+    assert "serve" in ran.problem["hint"]
+
+
+def test_version(cli):
+    assert cli("--version").stdout.startswith("bop-checkpoint ")
