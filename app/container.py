@@ -21,10 +21,14 @@ from app.core.checkpoint.executor import CheckpointExecutor, CheckpointLimits, C
 from app.core.checkpoint.wal_release import WalRelease
 from app.core.coordination.ownership import PrefixOwnership
 from app.core.coordination.quota import StorageQuota
+from app.core.engines.base import DeltaLimits
 from app.core.jobs.feed import JobFeed
 from app.core.jobs.handlers.create_checkpoint import CreateCheckpoint
 from app.core.jobs.queue import JobQueue
 from app.core.jobs.runner import JobRunner, RetryPolicy
+from app.core.reads.page_cache import PageCache
+from app.core.reads.page_store import PageStore
+from app.core.reads.read_point import GenerationPins
 from app.core.reads.record_reader import RecordReader
 from app.core.services.checkpoints import Checkpoints
 from app.core.services.databases import Databases
@@ -33,9 +37,13 @@ from app.core.services.directory import DatabaseDirectory
 from app.core.services.fsck import Fsck, FsckReport
 from app.core.services.history import History
 from app.core.services.idempotency import Idempotency
+from app.core.services.images import Images
 from app.core.services.jobs import Jobs
+from app.core.services.pages import Pages
+from app.core.services.pages_in import PagesIn
 from app.core.services.records import Records
 from app.core.services.recovery import RecoverReport, recover_databases
+from app.core.services.states import States
 from app.core.stores.local.hot_cache import HotCache
 from app.core.stores.local.scratch import ScratchStore
 from app.core.stores.manifest.ops import DropForeignLeases, ManifestBatch
@@ -60,6 +68,9 @@ Status = Literal["starting", "ready", "stopping", "failed"]
 class Services:
     databases: Databases
     records: Records
+    pages_in: PagesIn
+    pages: Pages
+    images: Images
     checkpoints: Checkpoints
     jobs: Jobs
     history: History
@@ -82,6 +93,7 @@ class Gauges:
     wal_bytes: Callable[[], float]
     quota_used_bytes: Callable[[], float]
     hot_cache_bytes: Callable[[], float]
+    page_cache_bytes: Callable[[], float]
 
 
 class Container:
@@ -183,6 +195,21 @@ async def open_container(
         directory = DatabaseDirectory(manifest, wal, events=events)
         await directory.open_all()
 
+        page_cache = PageCache(limit_bytes=settings.page_cache_bytes)
+        page_store = await stack.enter_async_context(
+            PageStore(
+                manifest,
+                wal,
+                remote=claim.remote,
+                hot_cache=hot_cache,
+                cache=page_cache,
+                pins=GenerationPins(),
+                pool=ground.pool,
+                clock=clock,
+                events=events,
+            )
+        )
+
         release = WalRelease(manifest, wal, events=events)
         queue = JobQueue(
             manifest,
@@ -202,6 +229,7 @@ async def open_container(
                 remote=claim.remote,
                 ownership=ground.ownership,
                 release=release,
+                pages=page_store,
                 on_durable=directory.notify_checkpointed,
                 pool=ground.pool,
                 clock=clock,
@@ -212,6 +240,13 @@ async def open_container(
                 upload_concurrency=settings.upload_concurrency,
                 lease_ttl_seconds=settings.lease_ttl_seconds,
                 gc_grace_seconds=settings.gc_grace_seconds,
+                deltas=DeltaLimits(
+                    delta_bytes_max=settings.delta_bytes_max,
+                    delta_dirty_ratio_max=settings.delta_dirty_ratio_max,
+                    delta_count_max=settings.delta_count_max,
+                    coalesce=settings.coalesce,
+                ),
+                compression_threads=max(1, os.cpu_count() or 1),
             ),
         )
         runner = JobRunner(
@@ -246,6 +281,7 @@ async def open_container(
             quota=quota,
             pool=ground.pool,
         )
+        states = States(manifest, directory, page_store)
         container = Container(
             Services(
                 databases=Databases(manifest, directory, clock=clock, events=events),
@@ -257,6 +293,16 @@ async def open_container(
                     ),
                     record_bytes_max=settings.max_record_bytes,
                 ),
+                pages_in=PagesIn(
+                    manifest,
+                    directory,
+                    page_store,
+                    pool=ground.pool,
+                    events=events,
+                    wal_budget_bytes=settings.wal_budget_bytes,
+                ),
+                pages=Pages(states, page_store),
+                images=Images(states, page_store),
                 checkpoints=Checkpoints(
                     manifest,
                     directory,
@@ -267,7 +313,9 @@ async def open_container(
                 ),
                 jobs=Jobs(manifest, queue),
                 history=History(manifest, directory),
-                debugging=Debugging(manifest, quota, fsck),
+                debugging=Debugging(
+                    manifest, quota, fsck, page_cache=page_cache, hot_cache=hot_cache
+                ),
                 idempotency=Idempotency(manifest, clock=clock),
             ),
             Gauges(
@@ -275,6 +323,7 @@ async def open_container(
                 wal_bytes=lambda: sum(log.wal_bytes for log in wal.logs()),
                 quota_used_bytes=lambda: quota.snapshot().global_used_bytes,
                 hot_cache_bytes=lambda: hot_cache.stats().used_bytes,
+                page_cache_bytes=lambda: page_cache.stats().used_bytes,
             ),
             claim=claim,
             job_loop=job_loop,

@@ -29,10 +29,14 @@ from app.routers import (
     debug,
     health,
     history,
+    image_upload,
+    images,
     jobs,
     openapi,
+    pages,
     problems,
     records,
+    wal,
 )
 from app.routers.auth import Authenticator
 from app.routers.bodies import Spool
@@ -43,7 +47,19 @@ from app.settings import Settings
 VERSION = "0.1.0"
 EXIT_DONE, EXIT_FAILED = 0, 1
 
-ROUTERS = (records, databases, checkpoints, jobs, history, debug, health)
+ROUTERS = (
+    records,
+    wal,
+    pages,
+    images,
+    image_upload,
+    databases,
+    checkpoints,
+    jobs,
+    history,
+    debug,
+    health,
+)
 """In the order they are matched: the busiest first."""
 
 
@@ -131,6 +147,7 @@ def gauges_of(container: Container, desk: Desk) -> dict[str, Callable[[], float]
         "wal_bytes": gauges.wal_bytes,
         "storage_quota_used_bytes": gauges.quota_used_bytes,
         "hot_cache_bytes": gauges.hot_cache_bytes,
+        "page_cache_bytes": gauges.page_cache_bytes,
         "body_memory_bytes": lambda: desk.memory.used_bytes,
         "service_ready": lambda: desk.readiness().status == "ready",
         "service_degraded": lambda: len(desk.readiness().degraded),

@@ -111,6 +111,14 @@ class Settings(BaseSettings):
     checkpoint_interval_seconds: int = Field(default=60, ge=0)
     """0: only on demand and by WAL pressure."""
     gc_grace_seconds: int = Field(default=3600, ge=0)
+    delta_bytes_max: int = Field(default=10_000_000, ge=0)
+    """A delta expected to be as large as this makes its chunk be rewritten."""
+    delta_dirty_ratio_max: float = Field(default=0.5, ge=0, le=1)
+    """More of a chunk's pages dirty makes it be rewritten."""
+    delta_count_max: int = Field(default=3, ge=1)
+    """Deltas over one base; one more coalesces them."""
+    coalesce: Literal["merge", "rewrite"] = "merge"
+    """Into one delta where the limits above allow it, or always into a new base."""
 
     @classmethod
     def settings_customise_sources(

@@ -55,7 +55,8 @@ def replicate(
     While a database is followed, its WAL is kept until it is sent, and emptied from here.
     """
     session = session_of(context)
-    from app.replication.plan import Limits  # noqa: PLC0415 - not on the way to --help
+    from app.client import RetryPolicy  # noqa: PLC0415 - not on the way to --help
+    from app.replication.plan import Limits  # noqa: PLC0415 - as above
 
     rules = _rules(file, name, config)
 
@@ -85,7 +86,8 @@ def replicate(
             await _checkpoint(session, client, fleet)
         return fleet
 
-    fleet = session.run(work)
+    # a follower decides itself when to ask again: meanwhile it looks after the WAL
+    fleet = session.run(work, retry=RetryPolicy(attempts_max=1))
     _conclude(fleet, once=once)
 
 
@@ -114,9 +116,10 @@ async def _shown(fleet: "Fleet", meter: Meter, *, once: bool) -> None:
             try:
                 async with asyncio.timeout(SHOW_SECONDS):
                     await ended.wait()
-                return
             except TimeoutError:
                 _show(fleet, meter)
+            else:
+                return
 
     ended = asyncio.Event()
     async with asyncio.TaskGroup() as group:

@@ -15,7 +15,7 @@ from app.core.base.ids import is_name
 if TYPE_CHECKING:
     import httpx
 
-    from app.client import BopClient, ClientError
+    from app.client import BopClient, ClientError, RetryPolicy
 
 T = TypeVar("T")
 
@@ -41,7 +41,12 @@ class Session:
     def clock(self) -> Clock:
         return self.surroundings.clock or SystemClock()
 
-    def run(self, work: "Callable[[BopClient], Awaitable[T]]") -> T:
+    def run(
+        self,
+        work: "Callable[[BopClient], Awaitable[T]]",
+        *,
+        retry: "RetryPolicy | None" = None,
+    ) -> T:
         """Runs `work` with a client of its own. Raises Failure for all that is expected."""
         from app.client import BopClient, ClientError  # noqa: PLC0415 - 0.4 s that --help can do without
 
@@ -53,6 +58,7 @@ class Session:
             client = BopClient(
                 self.url,
                 self.token,
+                retry=retry,
                 transport=self.surroundings.transport,
                 clock=self.surroundings.clock,
             )

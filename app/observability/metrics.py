@@ -137,6 +137,7 @@ class Metrics:
                 ("wal_bytes", "Bytes of WAL on the local disk."),
                 ("storage_quota_used_bytes", "Bytes reserved or used on the local disk."),
                 ("hot_cache_bytes", "Bytes of blobs kept on the local disk."),
+                ("page_cache_bytes", "Bytes of pages kept in memory."),
                 ("body_memory_bytes", "Memory that request bodies hold."),
                 ("service_ready", "1 while the service is ready."),
                 ("service_degraded", "Parts that fail while the service goes on."),

@@ -29,9 +29,12 @@ class Event:
     members: dict[str, int | str | None] = field(default_factory=dict)
 
     def document(self) -> dict[str, object]:
-        return {"event": self.event, "database": self.database, "detail": self.detail} | (
-            self.members
-        )
+        return {
+            "event": self.event,
+            "database": self.database,
+            "detail": self.detail,
+            **self.members,
+        }
 
 
 @dataclass(slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 Invariants: no file is followed twice, and no two files go to one database.
 Concurrency: a task for each database, a small pool for all that blocks, one inotify descriptor.
-Cancellation: followers are asked to end; those that have not after a while are cancelled and joined.
+Cancellation: followers are asked to end; those that do not in time are cancelled and joined.
 Crash: see `follower`.
 """
 
@@ -98,7 +98,7 @@ class Fleet:
         """Followers of the files that have come; those whose files went wait for them."""
         loop = asyncio.get_running_loop()
         open_files = frozenset(
-            found for path in self._followers if (found := file_id(path)) is not None
+            known for path in self._followers if (known := file_id(path)) is not None
         )
         found: Found = await loop.run_in_executor(
             self._pool, find_targets_blocking, self._rules, open_files

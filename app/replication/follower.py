@@ -76,7 +76,7 @@ class Target:
 
 
 class Refused(Exception):
-    """This database cannot be followed until someone changes something."""
+    """The database cannot be followed until someone changes something."""
 
     def __init__(self, detail: str, *, code: str) -> None:
         self.code = code
@@ -283,11 +283,7 @@ class Follower:
             at = offset
             while at < end:
                 to = min(end, at + PIECE_BYTES)
-                yield await self._blocking(
-                    lambda at=at, to=to: source.read_log_blocking(
-                        salts=log.salts, offset=at, end=to
-                    )
-                )
+                yield await self._blocking(source.read_log_blocking, log.salts, at, to)
                 at = to
 
         stored = await self._push(pieces, end - offset, offset, after_lsn)

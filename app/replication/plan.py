@@ -23,7 +23,7 @@ MIB = 1024 * 1024
 class Limits:
     log_bytes: int = 64 * MIB
     """With the service away, a log beyond this lets go of the read lock."""
-    unsent_bytes: int = 512 * MIB
+    unsent_bytes: int = 256 * MIB
     """A service that is behind by more than this is not waited for either."""
     checkpoint_bytes: int = 4 * MIB
     """A log of this size is copied into the database file, as SQLite itself does by default."""

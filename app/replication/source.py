@@ -17,8 +17,9 @@ import contextlib
 import os
 import sqlite3
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Self
@@ -37,9 +38,12 @@ from app.replication.wal_index import (
 )
 
 PIECE_BYTES = 1024 * 1024
+LOOKED_THROUGH_BYTES = 64 * PIECE_BYTES
 HEADER_BYTES = 100
 MAGIC = b"SQLite format 3\x00"
 BUSY_SECONDS = 2.0
+WRITE_LOCK_PAUSE_SECONDS = 0.0005
+WRITE_LOCK_TRIES = 4000
 INDEX_READS_MAX = 100
 SIDE_FILES = ("-wal", "-shm", "-journal")
 
@@ -63,12 +67,13 @@ class Image:
     """The database as of the end of `log`, readable while the lock is held."""
 
     log: Log
+    page_count: int
     frames_of_pages: Mapping[int, int]
     """Pages whose content stands in the log: page number to frame number, from 0."""
 
     @property
     def content_bytes(self) -> int:
-        return self.log.page_count * self.log.page_size
+        return self.page_count * self.log.page_size
 
 
 def file_id(path: Path) -> FileId | None:
@@ -86,6 +91,7 @@ class Source:
     def __init__(self, path: Path, database_fd: int) -> None:
         self.path = path
         self.lock: Log | None = None
+        self.page_size = 0
         self._database_fd = database_fd
         self._log_fd = -1
         self._index_fd = -1
@@ -157,7 +163,7 @@ class Source:
             log = self._log_or_problem()
             if log.salts != salts or not 0 <= log.end - offset <= carried_bytes_max:
                 return None
-            data = self.read_log_blocking(salts=salts, offset=offset, end=log.end)
+            data = self.read_log_blocking(salts, offset, log.end)
             self._renew(passive_checkpoint=True)
             return Carried(salts=salts, offset=offset, data=data)
 
@@ -173,10 +179,11 @@ class Source:
         for _ in range(INDEX_READS_MAX):
             log = parse_index(os.pread(self._index_fd, INDEX_BYTES, 0))
             if log is not None:
-                return log
+                # the index of a log that never had a frame does not know the page size
+                return log if log.page_size else replace(log, page_size=self.page_size)
         return None
 
-    def read_log_blocking(self, *, salts: Salts, offset: int, end: int) -> bytes:
+    def read_log_blocking(self, salts: Salts, offset: int, end: int) -> bytes:
         """Raises LogMoved. The log's index changes before its frames are overwritten, so looking
         at it behind the read tells whether the bytes are still those of `salts`.
         """
@@ -211,11 +218,19 @@ class Source:
         image: then the transaction reads the file, and SQLite lets nobody change it.
         """
         with self._writers_out():
-            self._renew(passive_checkpoint=True)
+            # a log that is copied is restarted by the next write, and whoever follows this database
+            # after a break could not go on in it: so only one that is too long to be looked through
+            found = self._log_or_problem()
+            self._renew(passive_checkpoint=found.end > LOOKED_THROUGH_BYTES)
             log = self._log_or_problem()
             copied = log.backfilled >= log.frames
+            try:
+                (page_count,) = self._tailer.execute("PRAGMA page_count").fetchone()
+            except sqlite3.Error as error:
+                raise SourceProblem(f"{self.path}: {error}") from error
             return Image(
                 log=log,
+                page_count=page_count,
                 frames_of_pages=MappingProxyType({} if copied else self._frames_of_pages(log)),
             )
 
@@ -245,12 +260,15 @@ class Source:
             raise SourceProblem(f"{self.path} is empty: no database has been made of it yet")
         if not header.startswith(MAGIC):
             raise NotFollowable(f"{self.path} is not a SQLite database")
+        size = int.from_bytes(header[16:18], "big")
+        self.page_size = 65536 if size == 1 else size
         if header[18] != 2 or header[19] != 2:
             self._switch_to_wal(set_wal)
         guard = self._connect("rw")
         # makes -wal and -shm where they are missing, and recovers them after a crash
         guard.execute("BEGIN IMMEDIATE")
         guard.execute("ROLLBACK")
+        guard.execute("PRAGMA busy_timeout=0")
         self._index_fd = os.open(f"{self.path}-shm", os.O_RDONLY | os.O_CLOEXEC)
         self._log_fd = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
         self._connections = [self._connect("ro"), guard, self._connect("rw")]
@@ -294,15 +312,30 @@ class Source:
         return self._connections[2]
 
     @contextlib.contextmanager
-    def _writers_out(self) -> "contextlib.AbstractContextManager[None]":
-        try:
-            self._guard.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error as error:
-            raise SourceProblem(f"{self.path}: {error}") from error
+    def _writers_out(self) -> Iterator[None]:
+        self._lock_writers_out()
         try:
             yield
         finally:
             self._rollback(self._guard)
+
+    def _lock_writers_out(self) -> None:
+        """SQLite's own busy handler sleeps up to 100 ms between its tries, and loses against an
+        application that writes without a pause.
+        """
+        pause = threading.Event()
+        for attempt in range(WRITE_LOCK_TRIES):
+            try:
+                self._guard.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                if not is_busy or attempt == WRITE_LOCK_TRIES - 1:
+                    raise SourceProblem(f"{self.path}: {error}") from error
+                pause.wait(WRITE_LOCK_PAUSE_SECONDS)
+            except sqlite3.Error as error:
+                raise SourceProblem(f"{self.path}: {error}") from error
+            else:
+                return
 
     def _renew(self, *, passive_checkpoint: bool = False) -> None:
         """The read transaction anew, with writers locked out: nothing is committed meanwhile."""

@@ -9,7 +9,9 @@ from app.core.services.debugging import NamedLease
 from app.routers.auth import needs, require_unbound
 from app.routers.deps import services_of
 from app.routers.exchange import principal_of
+from app.routers.openapi import problems
 from app.routers.operations_schemas import (
+    CacheView,
     ChangePage,
     ChangeView,
     FsckView,
@@ -18,7 +20,6 @@ from app.routers.operations_schemas import (
     ManifestStatsView,
     QuotaView,
 )
-from app.routers.openapi import problems
 from app.routers.paging import PageQuery, seen_only
 from app.routers.route import ScopedRoute
 from app.routers.schemas import JobPage, JobView, plain
@@ -107,6 +108,14 @@ async def show_quota(request: Request) -> QuotaView:
     """Limits and use: in all, by tenant, by job."""
     require_unbound(principal_of(request))
     return QuotaView.of(services_of(request).debugging.quota())
+
+
+@router.get("/cache")
+@needs("debug")
+async def show_caches(request: Request) -> CacheView:
+    """The page cache (memory) and the hot cache (files): sizes, hits and misses since the start."""
+    require_unbound(principal_of(request))
+    return CacheView.of(services_of(request).debugging.caches())
 
 
 def _place_of(named: NamedLease) -> tuple[int, int]:

@@ -54,6 +54,8 @@ class Desk:
         self.memory = BodyMemory(settings.body_memory_bytes)
         self.stopping = Stopping()
         self.append_limits = self.body_limits(settings.max_append_bytes, "max_append_bytes")
+        self.wal_limits = self.body_limits(settings.max_wal_bytes, "max_wal_bytes")
+        self.image_limits = self.body_limits(settings.max_image_bytes, "max_image_bytes")
         self.json_limits = self.body_limits(settings.max_json_bytes, "max_json_bytes")
         self._container: Container | None = None
         self._spool: Spool | None = None

@@ -6,8 +6,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.core.base.clock import rfc3339
 from app.core.coordination.quota_levels import QuotaSnapshot
-from app.core.services.debugging import NamedLease
+from app.core.reads.page_cache import PageCacheStats
+from app.core.services.debugging import CacheReport, NamedLease
 from app.core.services.fsck import FsckReport
+from app.core.stores.local.hot_cache import HotCacheStats
 from app.core.stores.manifest.ops import decode_op
 from app.core.stores.manifest.records import ChangeRecord
 from app.routers.schemas import EXAMPLE_JOB_ID, EXAMPLE_TIME, PageOf, View, example, plain
@@ -168,6 +170,57 @@ class QuotaView(View):
                 )
                 for one in quota.jobs
             ],
+        )
+
+
+class OneCacheView(View):
+    limit_bytes: int
+    used_bytes: int
+    entries: int
+    hits: int
+    misses: int
+
+    @classmethod
+    def of(cls, stats: PageCacheStats | HotCacheStats) -> Self:
+        return cls(
+            limit_bytes=stats.limit_bytes,
+            used_bytes=stats.used_bytes,
+            entries=stats.entries,
+            hits=stats.hits,
+            misses=stats.misses,
+        )
+
+
+class CacheView(View):
+    model_config = ConfigDict(
+        json_schema_extra=example(
+            {
+                "page_cache": {
+                    "limit_bytes": 67_108_864,
+                    "used_bytes": 1_114_112,
+                    "entries": 256,
+                    "hits": 90_210,
+                    "misses": 16,
+                },
+                "hot_cache": {
+                    "limit_bytes": 4_294_967_296,
+                    "used_bytes": 268_435_456,
+                    "entries": 4,
+                    "hits": 32,
+                    "misses": 0,
+                },
+            }
+        )
+    )
+
+    page_cache: OneCacheView
+    hot_cache: OneCacheView
+
+    @classmethod
+    def of(cls, report: CacheReport) -> Self:
+        return cls(
+            page_cache=OneCacheView.of(report.page_cache),
+            hot_cache=OneCacheView.of(report.hot_cache),
         )
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from app.core.base.clock import rfc3339
 from app.core.services.databases import DatabaseStatus, DurableStatus
+from app.core.services.pages_in import ImageStored, WalStored
 from app.core.stores.manifest.records import (
     Codec,
     DatabaseState,
@@ -167,7 +168,7 @@ class DatabaseView(View):
             first_lsn=status.first_lsn,
             next_lsn=status.next_lsn,
             checkpointed_lsn=record.checkpointed_lsn,
-            page_count=record.page_count,
+            page_count=status.page_count,
             wal_bytes=status.wal_bytes,
             created_at=rfc3339(record.created_at_us),
             forked_from=None
@@ -213,6 +214,64 @@ class AppendedView(View):
     count: int
     bytes: int
     """The records' own bytes together, without framing."""
+
+
+class WalStoredView(View):
+    model_config = ConfigDict(
+        json_schema_extra=example(
+            {
+                "accepted_offset": 12_392,
+                "salt1": 3_141_592_653,
+                "salt2": 2_718_281_828,
+                "first_lsn": 1,
+                "last_lsn": 3,
+                "frames": 3,
+                "commits": 1,
+                "page_count": 2,
+            }
+        )
+    )
+
+    accepted_offset: int
+    """Where the log goes on; 0: nothing of it is stored."""
+    salt1: int | None
+    salt2: int | None
+    first_lsn: int | None
+    """null: the body held no new commit."""
+    last_lsn: int | None
+    frames: int
+    """Stored, each with an LSN: those of pages beyond the database's end are not."""
+    commits: int
+    page_count: int
+
+    @classmethod
+    def of(cls, stored: WalStored) -> Self:
+        salt1, salt2 = stored.salts or (None, None)
+        return cls(
+            accepted_offset=stored.accepted_offset,
+            salt1=salt1,
+            salt2=salt2,
+            first_lsn=stored.first_lsn,
+            last_lsn=stored.last_lsn,
+            frames=stored.frames,
+            commits=stored.commits,
+            page_count=stored.page_count,
+        )
+
+
+class ImageStoredView(View):
+    model_config = ConfigDict(
+        json_schema_extra=example({"lsn": 65_536, "page_count": 65_536, "changed_pages": 65_536})
+    )
+
+    lsn: int
+    """The last one that the image took."""
+    page_count: int
+    changed_pages: int
+
+    @classmethod
+    def of(cls, stored: ImageStored) -> Self:
+        return cls(lsn=stored.lsn, page_count=stored.page_count, changed_pages=stored.changed_pages)
 
 
 # --- history ----------------------------------------------------------------------------------

@@ -26,10 +26,12 @@ from app.core.base.errors import (
 )
 from app.core.base.events import Events
 from app.core.formats.record_framing import pack_records, unpack_records
+from app.core.reads.page_cache import PageCacheStats
 from app.core.services.databases import DatabaseStatus, DurableStatus
-from app.core.services.debugging import NamedLease
+from app.core.services.debugging import CacheReport, NamedLease
 from app.core.services.idempotency import Remember, StoredAnswer
 from app.core.services.records import AppendLimits
+from app.core.stores.local.hot_cache import HotCacheStats
 from app.core.stores.manifest.records import (
     ENDED_STATES,
     ChangeRecord,
@@ -112,6 +114,7 @@ class FakeService:
             wal_bytes=lambda: 4096.0,
             quota_used_bytes=lambda: 8192.0,
             hot_cache_bytes=lambda: 0.0,
+            page_cache_bytes=lambda: 0.0,
         )
 
     # --- the container's part
@@ -207,6 +210,7 @@ class _Databases(_Part):
             record=stored.record,
             first_lsn=stored.first_lsn,
             next_lsn=stored.next_lsn,
+            page_count=stored.record.page_count,
             wal_bytes=0,
             health="ok",
             lost_from_lsn=None,
@@ -400,6 +404,16 @@ class _Debugging(_Part):
 
     async def manifest_stats(self) -> dict[str, Any]:
         return {"map_bytes": 1024, "last_sequence": len(self.service.changes_kept)}
+
+    def caches(self) -> CacheReport:
+        return CacheReport(
+            page_cache=PageCacheStats(
+                limit_bytes=10, used_bytes=1, entries=2, pinned=0, hits=3, misses=4, evictions=5
+            ),
+            hot_cache=HotCacheStats(
+                limit_bytes=20, used_bytes=6, entries=7, pinned=0, hits=8, misses=9, evictions=1
+            ),
+        )
 
 
 class _Idempotency(_Part):

@@ -64,6 +64,18 @@ class MalformedRecords(BopError):
     hint = "Nothing was stored; send the body again, whole and framed as its Content-Type says."
 
 
+class WalInvalid(BopError):
+    kind, code = ErrorKind.MALFORMED, "wal_invalid"
+    title = "The body is not a whole write-ahead log"
+    hint = "Nothing of it was kept. Read the log again; if that is damaged, send an image."
+
+
+class ImageInvalid(BopError):
+    kind, code = ErrorKind.MALFORMED, "image_invalid"
+    title = "The body is not a SQLite database file"
+    hint = "Nothing was stored; send a whole file, taken while nothing writes to it."
+
+
 # --- access -----------------------------------------------------------------------------------
 
 
@@ -90,6 +102,16 @@ class DatabaseNotFound(NotFound):
     code = "database_not_found"
     title = "No such database"
     hint = "Create it with PUT /tenants/{tenant}/databases/{database}."
+
+
+class PageNotFound(NotFound):
+    code = "page_not_found"
+    title = "The database has no such page"
+
+
+class SnapshotNotFound(NotFound):
+    code = "snapshot_not_found"
+    title = "No such snapshot"
 
 
 class JobNotFound(NotFound):
@@ -126,6 +148,18 @@ class WalLost(Conflict):
     hint = "Accept the loss with POST …/acknowledge-loss; LSNs go on above all ever given out."
 
 
+class WalGap(Conflict):
+    code = "wal_gap"
+    title = "The log does not continue what is stored"
+    hint = "Go on where the fields say, or send an image with PUT …/image."
+
+
+class PageSizeMismatch(Conflict):
+    code = "page_size_mismatch"
+    title = "The database has pages of another size"
+    hint = "Make another database with this page size."
+
+
 class JobAlreadyEnded(Conflict):
     code = "job_already_ended"
     title = "The job has ended"
@@ -150,6 +184,12 @@ class LsnTruncated(BopError):
     kind, code = ErrorKind.GONE, "lsn_truncated"
     title = "The LSN lies before the oldest readable one"
     hint = "Read from first_lsn on."
+
+
+class GenerationExpired(BopError):
+    kind, code = ErrorKind.GONE, "generation_expired"
+    title = "The generation is no longer retained"
+    hint = "See GET …/generations for those that are."
 
 
 class LsnMismatch(BopError):
@@ -177,6 +217,12 @@ class BodyTooLarge(BopError):
     hint = "Split it into several requests."
 
 
+class TransactionTooLarge(BopError):
+    kind, code = ErrorKind.TOO_LARGE, "transaction_too_large"
+    title = "A transaction is larger than the WAL budget"
+    hint = "Raise BOP_WAL_BUDGET_BYTES."
+
+
 class UnsupportedMediaType(BopError):
     kind, code = ErrorKind.UNSUPPORTED, "unsupported_media_type"
     title = "The Content-Type is not taken here"
@@ -191,6 +237,11 @@ class NotLineRecords(NotAcceptable):
     code = "not_line_records"
     title = "A record holds a newline and cannot be sent as NDJSON"
     hint = "Ask for application/vnd.bop.records."
+
+
+class RangeNotSatisfiable(BopError):
+    kind, code = ErrorKind.RANGE, "range_not_satisfiable"
+    title = "The range lies beyond the end"
 
 
 class InvalidRequest(BopError):

@@ -10,9 +10,11 @@ Cancellation: at any `await`; what was committed is resumed from, the rest is do
 Crash: the same. Scratch and reservation of a dead process are swept at start.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -27,19 +29,33 @@ from app.core.checkpoint.generation_document import (
     decode_document,
     encode_document,
 )
-from app.core.checkpoint.publication import publication_batch
-from app.core.checkpoint.staging import (
-    KeyScope,
-    SegmentSource,
-    stage_segment_blocking,
+from app.core.checkpoint.intents import (
+    StagedRow,
+    all_uploaded,
+    blob_bytes,
+    blobs_of,
+    intent_of,
+    progress_of,
+    row_of,
+    rows_of,
     staged_name,
 )
+from app.core.checkpoint.job_hold import JobHold
+from app.core.checkpoint.outcome import delta_chain_lengths, result_of
+from app.core.checkpoint.page_planning import PlanningParts, committed_segments, load_changes
+from app.core.checkpoint.page_staging import PageStaging
+from app.core.checkpoint.publication import publication_batch
+from app.core.checkpoint.staging import KeyScope, SegmentSource, stage_segment_blocking
+from app.core.checkpoint.upload_marker import UploadMarker
 from app.core.checkpoint.wal_release import WalRelease
 from app.core.coordination.leases import keep_leases
 from app.core.coordination.ownership import PrefixOwnership
 from app.core.coordination.quota import Reservation, StorageQuota
 from app.core.engines.base import (
     CheckpointPlan,
+    ChunkAction,
+    DeltaLimits,
+    PageChanges,
     PlannerContext,
     SealAsBase,
     SegmentView,
@@ -48,6 +64,9 @@ from app.core.engines.base import (
 )
 from app.core.engines.planning import plan_checkpoint
 from app.core.formats.crc64 import crc64
+from app.core.reads.delta_chain import is_valid_at
+from app.core.reads.page_cache import CheckpointScope
+from app.core.reads.page_store import PageStore
 from app.core.stores.local.hot_cache import HotCache
 from app.core.stores.local.scratch import ScratchStore
 from app.core.stores.manifest.errors import GenerationMoved, KeyDoomed, LeaseLost
@@ -56,19 +75,10 @@ from app.core.stores.manifest.ops import (
     AdvanceCheckpointed,
     ExpectGeneration,
     Op,
-    Precondition,
-    Receipt,
     ReleaseLeases,
     RetireBlob,
 )
-from app.core.stores.manifest.records import (
-    BlobIntent,
-    BlobRef,
-    ChunkRecord,
-    GenerationRecord,
-    JobRecord,
-    Progress,
-)
+from app.core.stores.manifest.records import GenerationRecord, JobRecord, Progress
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.remote.keys import generation_document_key
 from app.core.stores.remote.protocol import BytesBody, FileBody, RemoteStore
@@ -78,30 +88,15 @@ from app.core.stores.wal.store import WalStore
 REPLANS_MAX = 5
 
 
-class JobHold(Protocol):
-    """The executor's hold on its job row; `jobs.runner.JobContext` is one."""
-
-    job: JobRecord
-
-    async def update(
-        self,
-        *,
-        reason: str,
-        changes: dict[str, Any],
-        ops: tuple[Op, ...] = (),
-        preconditions: tuple[Precondition, ...] = (),
-        allow_cancelled: bool = False,
-    ) -> Receipt: ...
-
-    def touch(self) -> None: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointLimits:
     staging_concurrency: int
     upload_concurrency: int
     lease_ttl_seconds: float
     gc_grace_seconds: float
+    deltas: DeltaLimits = field(default_factory=DeltaLimits)
+    compression_threads: int = 2
+    """For the blocks of one chunk; they do not hold the interpreter's lock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +112,7 @@ class CheckpointParts:
     """The claimed remote store; raises NotReady until the prefix is ours."""
     ownership: PrefixOwnership
     release: WalRelease
+    pages: PageStore
     on_durable: Callable[[int], None]
     """Told the db_id whenever its `checkpointed_lsn` has moved."""
     pool: BlockingPool
@@ -128,6 +124,10 @@ class CheckpointExecutor:
     def __init__(self, parts: CheckpointParts, limits: CheckpointLimits) -> None:
         self._parts = parts
         self._limits = limits
+        self._planning = PlanningParts(
+            manifest=parts.manifest, pages=parts.pages, hot_cache=parts.hot_cache,
+            pool=parts.pool, events=parts.events,
+        )  # fmt: skip
         self._reservations: dict[str, Reservation] = {}
 
     async def run(self, hold: JobHold) -> Mapping[str, Any]:
@@ -165,32 +165,46 @@ class CheckpointExecutor:
         if planned is None:
             return self._no_changes(hold.job)
         plan, tokens = planned
-        await run_beside(
-            self._make(hold, plan, tokens),
-            keep_leases(
-                self._parts.manifest,
-                job_id=hold.job.job_id,
-                ttl_seconds=self._limits.lease_ttl_seconds,
-                clock=self._parts.clock,
-            ),
-        )
+        with self._told_to_caches(hold, plan):
+            await run_beside(
+                self._make(hold, plan, tokens),
+                keep_leases(
+                    self._parts.manifest,
+                    job_id=hold.job.job_id,
+                    ttl_seconds=self._limits.lease_ttl_seconds,
+                    clock=self._parts.clock,
+                ),
+            )
         result = await self._finish(hold)
         self._parts.events.info(
             "checkpoint.completed",
             seconds=self._parts.clock.monotonic() - started,
             bytes_uploaded=result["bytes_uploaded"],
+            bytes_dirtied=plan.bytes_dirtied,
             **_fields(hold.job),
         )
         return result
 
+    @contextmanager
+    def _told_to_caches(self, hold: JobHold, plan: CheckpointPlan) -> Iterator[None]:
+        cache = self._parts.pages.cache
+        scope = CheckpointScope(
+            db_id=plan.db_id, chunk_ids=tuple(action.chunk_id for action in plan.actions)
+        )
+        cache.checkpoint_started(scope)
+        try:
+            yield
+        finally:
+            cache.checkpoint_ended(scope, generation=hold.job.published_generation)
+
     async def _make(
         self, hold: JobHold, plan: CheckpointPlan, tokens: tuple[tuple[int, int], ...]
     ) -> None:
-        if not _all_uploaded(hold.job):
+        if not hold.job.intents or not all_uploaded(hold.job.intents):
             await self._reserve(hold, plan)
             await self._stage(hold, plan)
             await self._upload(hold)
-        await self._keep_local(hold, plan)
+        await self._keep_local(hold)
         await self._publish(hold, plan, tokens)
 
     async def _plan(
@@ -201,7 +215,7 @@ class CheckpointExecutor:
         if job.plan is None:
             failpoints.fp("job.before_plan")
             await parts.wal.log(job.db_id).seal()
-            plan = self._decide(job)
+            plan = await self._decide(job)
             if plan is None:
                 return None
         else:
@@ -237,14 +251,24 @@ class CheckpointExecutor:
             (action.chunk_id, token) for action, token in zip(plan.actions, tokens, strict=True)
         )
 
-    def _decide(self, job: JobRecord) -> CheckpointPlan | None:
+    async def _decide(self, job: JobRecord) -> CheckpointPlan | None:
         parts = self._parts
+        segments = [info for info in self._segments(job.db_id).values() if info.state == "sealed"]
+        changes: PageChanges | None = None
+        if segments and segments[0].engine_name == "libsql":
+            log = parts.wal.log(job.db_id)
+            segments = list(committed_segments(segments, await log.frames.read()))
+            if segments:
+                changes = await load_changes(self._planning, log, segments, db_id=job.db_id)
         with parts.manifest.read() as view:
             database = view.database(job.db_id)
             if database is None:
                 raise InvariantViolation("a checkpoint of no database", db_id=job.db_id)
             chunks = view.chunk_view(job.db_id, database.generation)
-        segments = [info for info in self._segments(job.db_id).values() if info.state == "sealed"]
+            tenant = view.tenant(job.tenant)
+        with_deltas = self._limits.deltas.enabled and (
+            tenant is None or tenant.flags.enable_chunk_deltas
+        )
         epoch = parts.ownership.epoch
         return plan_checkpoint(
             PlannerContext(
@@ -265,6 +289,8 @@ class CheckpointExecutor:
                     generation=database.generation + 1, epoch=epoch, job_id=JobId(job.job_id)
                 ),
                 epoch=epoch,
+                pages=changes,
+                limits=replace(self._limits.deltas, enabled=with_deltas),
             )
         )
 
@@ -280,40 +306,28 @@ class CheckpointExecutor:
         parts, job = self._parts, hold.job
         await hold.update(reason="checkpoint.staging", changes={"stage": "staging"})
         directory = await parts.scratch.create(job.job_id)
-        segments = self._segments(job.db_id)
-        scope = KeyScope(tenant=job.tenant, database=job.database)
+        async with self._stager(hold, plan) as stage_file:
 
-        async def stage(action: SealAsBase) -> ChunkRecord:
-            info = segments.get(action.segment_id)
-            if info is None:
-                raise StalePlan("A planned WAL segment is gone.", segment_id=action.segment_id)
-            failpoints.fp("stage.before_file")
-            row = await parts.pool.run(
-                lambda: stage_segment_blocking(
-                    plan,
-                    action,
-                    SegmentSource(path=info.path, summary=info.summary),
-                    directory.file(staged_name(action)),
-                    scope=scope,
-                )
-            )
-            failpoints.fp("stage.after_file")
-            hold.touch()
-            return row
+            async def stage(action: ChunkAction) -> StagedRow:
+                failpoints.fp("stage.before_file")
+                row = await stage_file(action, directory.file(staged_name(action.chunk_id)))
+                failpoints.fp("stage.after_file")
+                hold.touch()
+                return row
 
-        rows = await for_each(plan.actions, stage, limit=self._limits.staging_concurrency)
-        known = {intent.row.chunk_id: intent for intent in job.intents}
-        if known and any(known[row.chunk_id].row.blob != row.blob for row in rows):
+            rows = await for_each(plan.actions, stage, limit=self._limits.staging_concurrency)
+        known = {row.chunk_id: row for row in rows_of(job.intents)}
+        if known and any(known[row.chunk_id].blob != row.blob for row in rows):
             raise StalePlan("Staging gave other bytes than before.")
-        uploaded = {chunk_id for chunk_id, intent in known.items() if intent.uploaded}
-        intents = tuple(BlobIntent(row=row, uploaded=row.chunk_id in uploaded) for row in rows)
-        total_bytes = sum(_blob(row).bytes for row in rows)
+        uploaded = {row_of(intent).chunk_id for intent in job.intents if intent.uploaded}
+        intents = tuple(intent_of(row, uploaded=row.chunk_id in uploaded) for row in rows)
+        total_bytes = blob_bytes(rows)
         await hold.update(
             reason="checkpoint.staged",
             changes={
                 "stage": "uploading",
                 "intents": intents,
-                "progress": _progress(intents, total_bytes=total_bytes),
+                "progress": progress_of(intents, total_bytes=total_bytes),
             },
         )
         parts.events.info(
@@ -321,20 +335,61 @@ class CheckpointExecutor:
         )
         failpoints.fp("stage.after_intents")
 
+    @asynccontextmanager
+    async def _stager(
+        self, hold: JobHold, plan: CheckpointPlan
+    ) -> AsyncIterator[Callable[[ChunkAction, Path], Awaitable[StagedRow]]]:
+        """How this plan's actions are turned into files."""
+        parts, job = self._parts, hold.job
+        scope = KeyScope(tenant=job.tenant, database=job.database)
+        segments = self._segments(job.db_id)
+
+        async def stage_segment(action: SealAsBase, target: Path) -> StagedRow:
+            info = segments.get(action.segment_id)
+            if info is None:
+                raise StalePlan("A planned WAL segment is gone.", segment_id=action.segment_id)
+            source = SegmentSource(path=info.path, summary=info.summary)
+            return await parts.pool.run(
+                lambda: stage_segment_blocking(plan, action, source, target, scope=scope)
+            )
+
+        if plan.engine == "append_only":
+
+            async def stage_record_chunk(action: ChunkAction, target: Path) -> StagedRow:
+                assert isinstance(action, SealAsBase)
+                return await stage_segment(action, target)
+
+            yield stage_record_chunk
+            return
+
+        with await parts.pages.point(job.db_id, lsn=plan.last_lsn) as point:
+            pages = PageStaging(
+                plan=plan, point=point, pages=parts.pages, pool=parts.pool, scope=scope,
+                threads=self._limits.compression_threads,
+            )  # fmt: skip
+            pages.check()
+
+            async def stage_page_chunk(action: ChunkAction, target: Path) -> StagedRow:
+                assert not isinstance(action, SealAsBase)
+                return await pages.stage(action, target)
+
+            yield stage_page_chunk
+
     async def _upload(self, hold: JobHold) -> None:
         parts = self._parts
         remote = parts.remote()
         directory = await parts.scratch.create(hold.job.job_id)
-        waiting = [intent.row for intent in hold.job.intents if not intent.uploaded]
-        marker = _UploadMarker(hold)
+        waiting = rows_of(intent for intent in hold.job.intents if not intent.uploaded)
+        marker = UploadMarker(hold)
 
-        async def upload(row: ChunkRecord) -> None:
-            blob = _blob(row)
+        async def upload(row: StagedRow) -> None:
+            blob = row.blob
+            assert blob is not None
             found = await remote.head_blob(blob.key) if hold.job.run > 1 else None
             if found is None or (found.bytes, found.crc64) != (blob.bytes, blob.crc64):
                 failpoints.fp("upload.before_put")
                 body = FileBody(
-                    path=directory.file(f"chunk-{row.chunk_id}.blob"),
+                    path=directory.file(staged_name(row.chunk_id)),
                     bytes=blob.bytes,
                     crc64=blob.crc64,
                 )
@@ -349,18 +404,19 @@ class CheckpointExecutor:
         parts.events.info(
             "checkpoint.uploaded",
             blobs=len(waiting),
-            bytes=sum(_blob(row).bytes for row in waiting),
+            bytes=blob_bytes(waiting),
             **_fields(hold.job),
         )
 
-    async def _keep_local(self, hold: JobHold, plan: CheckpointPlan) -> None:
+    async def _keep_local(self, hold: JobHold) -> None:
         """Links the blobs into the hot cache, then scratch and reservation go."""
         await hold.update(reason="checkpoint.cleanup", changes={"stage": "cleanup"})
         parts = self._parts
         directory = await parts.scratch.create(hold.job.job_id)
-        for action, intent in zip(plan.actions, hold.job.intents, strict=True):
-            path = directory.file(staged_name(action))
-            blob = _blob(intent.row)
+        for row in rows_of(hold.job.intents):
+            if (blob := row.blob) is None:
+                continue
+            path = directory.file(staged_name(row.chunk_id))
             await parts.hot_cache.admit_link(path, sha256=blob.sha256.hex(), size_bytes=blob.bytes)
         failpoints.fp("cleanup.after_links")
         await self._clean_up(hold)
@@ -376,7 +432,7 @@ class CheckpointExecutor:
         log = parts.wal.log(job.db_id)
         batch = publication_batch(
             plan,
-            rows=tuple(intent.row for intent in job.intents),
+            rows=rows_of(job.intents),
             committed_at_us=wall_us(parts.clock),
             document_key=generation_document_key(
                 tenant=job.tenant,
@@ -388,7 +444,7 @@ class CheckpointExecutor:
             tokens=tokens,
             epoch=parts.ownership.epoch,
             remembered={
-                action.segment_id: log.remembered_of(action.segment_id) for action in plan.actions
+                segment_id: log.remembered_of(segment_id) for segment_id in plan.segment_ids
             },
         )
         failpoints.fp("publish.before_commit")
@@ -399,7 +455,7 @@ class CheckpointExecutor:
             preconditions=batch.preconditions,
         )
         failpoints.fp("publish.after_commit")
-        log.mark_checkpointed([action.segment_id for action in plan.actions])
+        log.mark_checkpointed(plan.segment_ids)
         parts.events.info(
             "checkpoint.published",
             generation=plan.target_generation,
@@ -407,6 +463,7 @@ class CheckpointExecutor:
             first_lsn=plan.first_lsn,
             last_lsn=plan.last_lsn,
             chunks=len(plan.actions),
+            delta_chain_lengths=delta_chain_lengths(plan),
             **_fields(hold.job),
         )
 
@@ -421,11 +478,16 @@ class CheckpointExecutor:
         with parts.manifest.read() as view:
             database = view.database(job.db_id)
             generation = view.generation(job.db_id, job.published_generation)
-            chunks = view.chunk_view(job.db_id, job.published_generation)
+            chunks = [
+                row
+                for row in view.chunk_rows(job.db_id)
+                if is_valid_at(row, job.published_generation)
+            ]
+            deltas = view.delta_view(job.db_id, job.published_generation)
         if database is None or generation is None:
             raise InvariantViolation("a published generation is gone", db_id=job.db_id)
         if not generation.document_stored:
-            document = build_document(database, generation, chunks)
+            document = build_document(database, generation, chunks, deltas)
             failpoints.fp("publish.before_document")
             await self._store_document(generation, encode_document(document))
             failpoints.fp("publish.after_document")
@@ -443,7 +505,7 @@ class CheckpointExecutor:
         failpoints.fp("publish.before_wal_release")
         await parts.release.release(job.db_id)
         failpoints.fp("publish.after_wal_release")
-        return _result(plan, hold.job)
+        return result_of(plan, rows_of(hold.job.intents))
 
     async def _store_document(self, generation: GenerationRecord, data: bytes) -> None:
         """Raises OwnershipLost if another document is there: someone else published (I17)."""
@@ -478,12 +540,12 @@ class CheckpointExecutor:
         return (
             *(
                 RetireBlob(
-                    blob=_blob(intent.row),
+                    blob=blob,
                     db_id=job.db_id,
                     eligible_at_us=eligible_at_us,
                     reason="unpublished",
                 )
-                for intent in job.intents
+                for blob in blobs_of(rows_of(job.intents))
             ),
             ReleaseLeases(job_id=job.job_id),
         )
@@ -504,84 +566,6 @@ class CheckpointExecutor:
             "bytes_uploaded": 0,
             "chunks": [],
         }
-
-
-class _UploadMarker:
-    """Persists which blobs are confirmed; uploads that end together share a commit."""
-
-    def __init__(self, hold: JobHold) -> None:
-        self._hold = hold
-        self._done: set[int] = set()
-        self._writing = False
-
-    async def uploaded(self, chunk_id: int) -> None:
-        self._done.add(chunk_id)
-        self._hold.touch()
-        if self._writing:
-            return  # the one that writes looks again
-        self._writing = True
-        try:
-            while self._done:
-                done, self._done = self._done, set()
-                intents = tuple(
-                    msgspec.structs.replace(intent, uploaded=True)
-                    if intent.row.chunk_id in done
-                    else intent
-                    for intent in self._hold.job.intents
-                )
-                total_bytes = self._hold.job.progress.total_bytes
-                await self._hold.update(
-                    reason="checkpoint.uploading",
-                    changes={
-                        "intents": intents,
-                        "progress": _progress(intents, total_bytes=total_bytes),
-                    },
-                )
-        finally:
-            self._writing = False
-
-
-def _all_uploaded(job: JobRecord) -> bool:
-    return bool(job.intents) and all(intent.uploaded for intent in job.intents)
-
-
-def _progress(intents: tuple[BlobIntent, ...], *, total_bytes: int) -> Progress:
-    uploaded = [intent for intent in intents if intent.uploaded]
-    return Progress(
-        staged_chunks=len(intents),
-        uploaded_blobs=len(uploaded),
-        total_chunks=len(intents),
-        uploaded_bytes=sum(_blob(intent.row).bytes for intent in uploaded),
-        total_bytes=total_bytes,
-    )
-
-
-def _blob(row: ChunkRecord) -> BlobRef:
-    if row.blob is None:
-        raise InvariantViolation("a staged chunk without a blob", chunk_id=row.chunk_id)
-    return row.blob
-
-
-def _result(plan: CheckpointPlan, job: JobRecord) -> dict[str, Any]:
-    rows = [intent.row for intent in job.intents]
-    return {
-        "outcome": "published",
-        "generation": plan.target_generation,
-        "checkpoint_id": plan.checkpoint_id,
-        "first_lsn": plan.first_lsn,
-        "last_lsn": plan.last_lsn,
-        "bytes_uploaded": sum(_blob(row).bytes for row in rows),
-        "chunks": [
-            {
-                "chunk_id": row.chunk_id,
-                "action": "seal_as_base",
-                "pages": row.count,
-                "bytes": _blob(row).bytes,
-                "blob_key": _blob(row).key,
-            }
-            for row in rows
-        ],
-    }
 
 
 def _fields(job: JobRecord) -> dict[str, object]:

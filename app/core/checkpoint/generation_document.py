@@ -5,6 +5,7 @@ holds the database's descriptor and every valid chunk row, so that the bucket al
 was published (I3). Hashes are lower-case hex, timestamps microseconds since the Unix epoch.
 """
 
+import base64
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import zstandard
 from app.core.base.errors import CorruptBlob, FormatFromFuture
 from app.core.stores.manifest.records import (
     BlobRef,
+    ChunkDeltaRecord,
     ChunkRecord,
     Codec,
     DatabaseRecord,
@@ -51,6 +53,32 @@ class DocumentChunk(msgspec.Struct, frozen=True, kw_only=True):
     origin_db_id: int
 
 
+class DocumentDelta(msgspec.Struct, frozen=True, kw_only=True):
+    chunk_id: int
+    generation: int
+    delta_id: int
+    blob: DocumentBlob
+    base_key: str
+    pages: str
+    """Roaring bitmap, portable format, in base64."""
+    codec: Codec
+    directory_offset: int
+    directory_bytes: int
+    logical_bytes: int
+    count: int
+    origin_db_id: int
+
+
+class DocumentDrop(msgspec.Struct, frozen=True, kw_only=True):
+    """A chunk that the database no longer reached to."""
+
+    chunk_id: int
+    generation: int
+    first: int
+    last: int
+    origin_db_id: int
+
+
 class DocumentDatabase(msgspec.Struct, frozen=True, kw_only=True):
     db_id: int
     tenant: str
@@ -74,6 +102,10 @@ class DocumentGeneration(msgspec.Struct, frozen=True, kw_only=True):
     next_chunk_id: int
     committed_at_us: int
     bytes_uploaded: int
+    base_chunks: int | None = None
+    delta_chunks: int = 0
+    wal_position: str = ""
+    """Hex."""
 
 
 class GenerationDocument(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,18 +114,28 @@ class GenerationDocument(msgspec.Struct, frozen=True, kw_only=True):
     database: DocumentDatabase
     generation: DocumentGeneration
     chunks: tuple[DocumentChunk, ...]
+    deltas: tuple[DocumentDelta, ...] = ()
+    """By chunk, oldest first."""
+    drops: tuple[DocumentDrop, ...] = ()
+
+    @property
+    def catalogue(self) -> tuple[object, ...]:
+        return self.chunks, self.deltas, self.drops
 
     def says_the_same_as(self, other: "GenerationDocument") -> bool:
         """True if both are the one publication. The descriptor's settings may have changed since
         the first attempt to store it; the generation and its chunks cannot.
         """
-        return self.generation == other.generation and self.chunks == other.chunks
+        return self.generation == other.generation and self.catalogue == other.catalogue
 
 
 def build_document(
-    database: DatabaseRecord, generation: GenerationRecord, chunks: Sequence[ChunkRecord]
+    database: DatabaseRecord,
+    generation: GenerationRecord,
+    chunks: Sequence[ChunkRecord],
+    deltas: Sequence[ChunkDeltaRecord] = (),
 ) -> GenerationDocument:
-    """Pure. `chunks` are the rows valid at `generation`, in chunk order, drops left out."""
+    """Pure. `chunks` and `deltas` are the rows valid at `generation`, in chunk order."""
     retention = database.retention
     forked = database.forked_from
     return GenerationDocument(
@@ -130,8 +172,23 @@ def build_document(
             next_chunk_id=database.next_chunk_id,
             committed_at_us=generation.committed_at_us,
             bytes_uploaded=generation.bytes_uploaded,
+            base_chunks=generation.base_chunks,
+            delta_chunks=generation.delta_chunks,
+            wal_position=database.wal_position.hex(),
         ),
         chunks=tuple(_document_chunk(row, row.blob) for row in chunks if row.blob is not None),
+        deltas=tuple(_document_delta(row) for row in deltas),
+        drops=tuple(
+            DocumentDrop(
+                chunk_id=row.chunk_id,
+                generation=row.generation,
+                first=row.first,
+                last=row.last,
+                origin_db_id=row.origin_db_id or row.db_id,
+            )
+            for row in chunks
+            if row.blob is None
+        ),
     )
 
 
@@ -155,19 +212,14 @@ def decode_document(data: bytes, *, key: str) -> GenerationDocument:
 
 
 def restored_rows(document: GenerationDocument) -> list[ChunkRecord]:
-    """The catalogue rows that the document was built from (validity still open)."""
+    """The bases and drops that the document was built from (validity still open)."""
     db_id = document.database.db_id
-    return [
+    rows = [
         ChunkRecord(
             db_id=db_id,
             chunk_id=chunk.chunk_id,
             generation=chunk.generation,
-            blob=BlobRef(
-                key=chunk.blob.key,
-                sha256=bytes.fromhex(chunk.blob.sha256),
-                crc64=int(chunk.blob.crc64, 16),
-                bytes=chunk.blob.bytes,
-            ),
+            blob=_blob_ref(chunk.blob),
             first=chunk.first,
             last=chunk.last,
             visible_last=chunk.visible_last,
@@ -180,6 +232,42 @@ def restored_rows(document: GenerationDocument) -> list[ChunkRecord]:
             origin_db_id=chunk.origin_db_id,
         )
         for chunk in document.chunks
+    ]
+    rows += [
+        ChunkRecord(
+            db_id=db_id,
+            chunk_id=drop.chunk_id,
+            generation=drop.generation,
+            blob=None,
+            first=drop.first,
+            last=drop.last,
+            visible_last=drop.first - 1,
+            origin_db_id=drop.origin_db_id,
+        )
+        for drop in document.drops
+    ]
+    return sorted(rows, key=lambda row: row.chunk_id)
+
+
+def restored_deltas(document: GenerationDocument) -> list[ChunkDeltaRecord]:
+    """The deltas that the document was built from (validity still open)."""
+    return [
+        ChunkDeltaRecord(
+            db_id=document.database.db_id,
+            chunk_id=delta.chunk_id,
+            generation=delta.generation,
+            delta_id=delta.delta_id,
+            blob=_blob_ref(delta.blob),
+            base_key=delta.base_key,
+            pages=base64.b64decode(delta.pages),
+            codec=delta.codec,
+            directory_offset=delta.directory_offset,
+            directory_bytes=delta.directory_bytes,
+            logical_bytes=delta.logical_bytes,
+            count=delta.count,
+            origin_db_id=delta.origin_db_id,
+        )
+        for delta in document.deltas
     ]
 
 
@@ -203,6 +291,7 @@ def restored_database(document: GenerationDocument, *, floor_lsn: int) -> Databa
         page_count=generation.page_count,
         retention=Retention(**database.retention),  # type: ignore[arg-type]
         forked_from=None if database.forked_from is None else ForkParent(**database.forked_from),
+        wal_position=bytes.fromhex(generation.wal_position),
     )
 
 
@@ -216,11 +305,45 @@ def restored_generation(document: GenerationDocument, *, document_key: str) -> G
         last_lsn=generation.last_lsn,
         page_count=generation.page_count,
         committed_at_us=generation.committed_at_us,
-        base_chunks=len(document.chunks),
-        delta_chunks=0,
+        base_chunks=len(document.chunks)
+        if generation.base_chunks is None
+        else generation.base_chunks,
+        delta_chunks=generation.delta_chunks,
         bytes_uploaded=generation.bytes_uploaded,
         document_key=document_key,
         document_stored=True,
+    )
+
+
+def _document_blob(blob: BlobRef) -> DocumentBlob:
+    return DocumentBlob(
+        key=blob.key, sha256=blob.sha256.hex(), crc64=f"{blob.crc64:016x}", bytes=blob.bytes
+    )
+
+
+def _blob_ref(blob: DocumentBlob) -> BlobRef:
+    return BlobRef(
+        key=blob.key,
+        sha256=bytes.fromhex(blob.sha256),
+        crc64=int(blob.crc64, 16),
+        bytes=blob.bytes,
+    )
+
+
+def _document_delta(row: ChunkDeltaRecord) -> DocumentDelta:
+    return DocumentDelta(
+        chunk_id=row.chunk_id,
+        generation=row.generation,
+        delta_id=row.delta_id,
+        blob=_document_blob(row.blob),
+        base_key=row.base_key,
+        pages=base64.b64encode(row.pages).decode("ascii"),
+        codec=row.codec,
+        directory_offset=row.directory_offset,
+        directory_bytes=row.directory_bytes,
+        logical_bytes=row.logical_bytes,
+        count=row.count,
+        origin_db_id=row.origin_db_id or row.db_id,
     )
 
 
@@ -228,9 +351,7 @@ def _document_chunk(row: ChunkRecord, blob: BlobRef) -> DocumentChunk:
     return DocumentChunk(
         chunk_id=row.chunk_id,
         generation=row.generation,
-        blob=DocumentBlob(
-            key=blob.key, sha256=blob.sha256.hex(), crc64=f"{blob.crc64:016x}", bytes=blob.bytes
-        ),
+        blob=_document_blob(blob),
         first=row.first,
         last=row.last,
         visible_last=row.visible_last,

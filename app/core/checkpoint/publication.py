@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from app.core.engines.base import CheckpointPlan
+from app.core.checkpoint.intents import StagedRow, blob_bytes
+from app.core.engines.base import CheckpointPlan, ChunkAction, CreateDelta, Drop, RewriteBase
 from app.core.stores.manifest.ops import (
     CoverSegment,
     ExpectEpoch,
@@ -14,9 +15,12 @@ from app.core.stores.manifest.ops import (
     PublishGeneration,
     ReleaseLeases,
     RememberAppends,
+    SupersedeChunk,
+    SupersedeChunkDelta,
     UpsertChunk,
+    UpsertChunkDelta,
 )
-from app.core.stores.manifest.records import ChunkRecord, GenerationRecord
+from app.core.stores.manifest.records import ChunkDeltaRecord, ChunkRecord, GenerationRecord
 from app.core.stores.manifest.records import RememberedAppend as RememberedRow
 from app.core.stores.wal.remembered import RememberedAppend
 
@@ -30,7 +34,7 @@ class Publication:
 def publication_batch(
     plan: CheckpointPlan,
     *,
-    rows: Sequence[ChunkRecord],
+    rows: Sequence[StagedRow],
     committed_at_us: int,
     document_key: str,
     job_id: str,
@@ -49,29 +53,37 @@ def publication_batch(
         last_lsn=plan.last_lsn,
         page_count=plan.page_count,
         committed_at_us=committed_at_us,
-        base_chunks=len(rows),
-        delta_chunks=0,
-        bytes_uploaded=sum(row.blob.bytes for row in rows if row.blob is not None),
+        base_chunks=sum(isinstance(row, ChunkRecord) and row.blob is not None for row in rows),
+        delta_chunks=sum(isinstance(row, ChunkDeltaRecord) for row in rows),
+        bytes_uploaded=blob_bytes(rows),
         document_key=document_key,
     )
-    ops: list[Op] = [UpsertChunk(row=row) for row in rows]
+    ops: list[Op] = []
     for action in plan.actions:
+        ops += _superseded(plan, action)
+    for row in rows:
+        match row:
+            case ChunkRecord():
+                ops.append(UpsertChunk(row=row))
+            case ChunkDeltaRecord():
+                ops.append(UpsertChunkDelta(row=row))
+    for segment_id in plan.segment_ids:
         ops.append(
-            CoverSegment(
-                db_id=plan.db_id,
-                segment_id=action.segment_id,
-                generation=plan.target_generation,
-            )
+            CoverSegment(db_id=plan.db_id, segment_id=segment_id, generation=plan.target_generation)
         )
-        if appends := remembered.get(action.segment_id):
+        if appends := remembered.get(segment_id):
             ops.append(
                 RememberAppends(
                     db_id=plan.db_id,
-                    segment_id=action.segment_id,
+                    segment_id=segment_id,
                     appends=tuple(_row(append) for append in appends),
                 )
             )
-    ops.append(PublishGeneration(row=generation, next_chunk_id=plan.next_chunk_id))
+    ops.append(
+        PublishGeneration(
+            row=generation, next_chunk_id=plan.next_chunk_id, wal_position=plan.wal_position
+        )
+    )
     ops.append(ReleaseLeases(job_id=job_id))
     return Publication(
         ops=tuple(ops),
@@ -81,6 +93,29 @@ def publication_batch(
             ExpectEpoch(epoch=epoch),
         ),
     )
+
+
+def _superseded(plan: CheckpointPlan, action: ChunkAction) -> list[Op]:
+    """The rows whose time ends with the new generation."""
+    base: int | None = None
+    deltas: tuple[int, ...] = ()
+    match action:
+        case RewriteBase() | Drop():
+            base, deltas = action.supersedes_base, action.supersedes_deltas
+        case CreateDelta():
+            deltas = action.merges
+        case _:
+            pass
+    at, db_id, chunk_id = plan.target_generation, plan.db_id, action.chunk_id
+    ops: list[Op] = [
+        SupersedeChunkDelta(db_id=db_id, chunk_id=chunk_id, generation=one, superseded_at=at)
+        for one in deltas
+    ]
+    if base is not None:
+        ops.append(
+            SupersedeChunk(db_id=db_id, chunk_id=chunk_id, generation=base, superseded_at=at)
+        )
+    return ops
 
 
 def _row(append: RememberedAppend) -> RememberedRow:

@@ -42,10 +42,6 @@ class KeyScope:
     database: str
 
 
-def staged_name(action: SealAsBase) -> str:
-    return f"chunk-{action.chunk_id}.blob"
-
-
 def stage_segment_blocking(
     plan: CheckpointPlan,
     action: SealAsBase,

@@ -5,13 +5,19 @@ same plan, to the byte, so that a retry makes the same blobs under the same keys
 here does I/O.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import msgspec
 
 from app.core.base.errors import InvariantViolation
-from app.core.stores.manifest.records import ChunkRecord, Codec, DatabaseRecord, Engine
+from app.core.stores.manifest.records import (
+    ChunkDeltaRecord,
+    ChunkRecord,
+    Codec,
+    DatabaseRecord,
+    Engine,
+)
 
 PLAN_VERSION = 1
 
@@ -26,8 +32,59 @@ class SealAsBase(msgspec.Struct, frozen=True, kw_only=True, tag="seal_as_base"):
     segment_bytes: int
     line_safe: bool
 
+    @property
+    def staged_bytes_max(self) -> int:
+        return self.segment_bytes
 
-ChunkAction = SealAsBase
+
+class CreateDelta(msgspec.Struct, frozen=True, kw_only=True, tag="create_delta"):
+    """libsql: the pages of `pages` become one more delta over the chunk, or, where `merges` is not
+    empty, one in the place of all of its deltas.
+    """
+
+    chunk_id: int
+    delta_id: int
+    pages: bytes
+    """Roaring bitmap, portable format."""
+    page_count: int
+    base_generation: int
+    """The valid base row's, over which it lies."""
+    base_key: str
+    """The base blob that it is encoded against; empty: complete pages."""
+    merges: tuple[int, ...]
+    """Generations of the deltas that it supersedes."""
+    chain_length: int
+    """Deltas over the base once it is published."""
+    staged_bytes_max: int
+
+
+class RewriteBase(msgspec.Struct, frozen=True, kw_only=True, tag="rewrite_base"):
+    """libsql: all pages of the chunk become its new base."""
+
+    chunk_id: int
+    first_page: int
+    last_page: int
+    supersedes_base: int | None
+    """Generation of the base or drop that it takes the place of."""
+    supersedes_deltas: tuple[int, ...]
+    staged_bytes_max: int
+
+
+class Drop(msgspec.Struct, frozen=True, kw_only=True, tag="drop"):
+    """libsql: the database no longer reaches to the chunk."""
+
+    chunk_id: int
+    first_page: int
+    supersedes_base: int | None
+    supersedes_deltas: tuple[int, ...]
+
+    @property
+    def staged_bytes_max(self) -> int:
+        return 0
+
+
+PageAction = CreateDelta | RewriteBase | Drop
+ChunkAction = SealAsBase | CreateDelta | RewriteBase | Drop
 
 
 class CheckpointPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +104,22 @@ class CheckpointPlan(msgspec.Struct, frozen=True, kw_only=True):
     codec: Codec
     actions: tuple[ChunkAction, ...]
     """In chunk order."""
+    covered_segments: tuple[int, ...] = ()
+    """libsql: the sealed segments whose LSNs are all in the new generation."""
+    low_page_count: int = 0
+    """libsql: the fewest pages that the database had since the generation before. What lay above
+    and was not written again is zeros.
+    """
+    bytes_dirtied: int = 0
+    """libsql: pages that really changed, for write amplification."""
+    wal_position: bytes = b""
+    """libsql: where the application's log was left, which the WAL's removal must not forget."""
+
+    @property
+    def segment_ids(self) -> tuple[int, ...]:
+        """The sealed segments that the new generation covers."""
+        sealed = (one.segment_id for one in self.actions if isinstance(one, SealAsBase))
+        return (*sealed, *self.covered_segments)
 
     @property
     def target_generation(self) -> int:
@@ -55,7 +128,7 @@ class CheckpointPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def staged_bytes_max(self) -> int:
         """What staging may hold in scratch at most."""
-        return sum(action.segment_bytes for action in self.actions)
+        return sum(action.staged_bytes_max for action in self.actions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +144,47 @@ class SegmentView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaLimits:
+    """When a delta is worth it."""
+
+    enabled: bool = True
+    """The tenant's `enable_chunk_deltas`; off: every dirty chunk is rewritten."""
+    delta_bytes_max: int = 10_000_000
+    delta_dirty_ratio_max: float = 0.5
+    delta_count_max: int = 3
+    coalesce: Literal["merge", "rewrite"] = "merge"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkState:
+    """libsql: a chunk that has changed, as far as planning needs to know it."""
+
+    chunk_id: int
+    base: ChunkRecord | None
+    """The valid base or drop row."""
+    deltas: tuple[ChunkDeltaRecord, ...]
+    """The valid ones, oldest first."""
+    dirty: bytes
+    """Roaring bitmap of the pages whose content differs from the generation before."""
+    delta_bytes: int
+    """What a delta of the dirty pages is expected to take, from a sample."""
+    base_at_hand: bool
+    """The base blob lies on the local disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageChanges:
+    """libsql: what the sealed WAL changes. `page_count` is the database's after its last commit."""
+
+    last_lsn: int
+    page_count: int
+    low_page_count: int
+    chunks: tuple[ChunkState, ...]
+    """The dirty ones, and those beyond the database's end; in chunk order."""
+    wal_position: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerContext:
     """The manifest view and the WAL at one moment. `segments` are sealed and in LSN order; those
     that a generation already covers are left out.
@@ -81,6 +195,9 @@ class PlannerContext:
     segments: tuple[SegmentView, ...]
     checkpoint_id: str
     epoch: int
+    pages: PageChanges | None = None
+    """libsql only."""
+    limits: DeltaLimits = field(default_factory=DeltaLimits)
 
 
 class Planner(Protocol):

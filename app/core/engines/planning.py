@@ -3,9 +3,13 @@
 from app.core.base.errors import InvariantViolation
 from app.core.engines.append_only import planner as append_only
 from app.core.engines.base import CheckpointPlan, Planner, PlannerContext
+from app.core.engines.libsql import planner as libsql
 from app.core.stores.manifest.records import Engine
 
-PLANNERS: dict[Engine, Planner] = {"append_only": append_only.plan_checkpoint}
+PLANNERS: dict[Engine, Planner] = {
+    "append_only": append_only.plan_checkpoint,
+    "libsql": libsql.plan_checkpoint,
+}
 
 
 def plan_checkpoint(context: PlannerContext) -> CheckpointPlan | None:

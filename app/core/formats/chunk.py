@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -36,6 +35,7 @@ from app.core.formats.container import (
 from app.core.formats.crc64 import crc64
 from app.core.formats.damage import Damage
 from app.core.formats.entry_scan import scan_record_entries
+from app.core.formats.hashed_output import FileDigest, HashedOutput
 from app.core.formats.segment import (
     SEGMENT_HEADER_BYTES,
     TRAILER_BYTES,
@@ -63,13 +63,6 @@ HASH_PIECE_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FileDigest:
-    sha256: bytes
-    crc64: int
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerSummary:
     """A written container: what its catalogue row needs to know."""
 
@@ -88,25 +81,6 @@ def log_container_bytes_max(segment_bytes: int) -> int:
     return (
         segment_bytes + CONTAINER_HEADER_BYTES + blocks * BLOCK_ROW_BYTES + CONTAINER_TRAILER_BYTES
     )
-
-
-class _HashedOutput:
-    """Writes, and hashes what it wrote in the same pass."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._sha256 = hashlib.sha256()
-        self._crc64 = 0
-        self.bytes = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._sha256.update(data)
-        self._crc64 = crc64(data, self._crc64)
-        self.bytes += len(data)
-
-    def digest(self) -> FileDigest:
-        return FileDigest(sha256=self._sha256.digest(), crc64=self._crc64, bytes=self.bytes)
 
 
 def hash_file_blocking(path: Path) -> FileDigest:
@@ -139,7 +113,7 @@ def write_log_blocking(
             kind=ContainerKind.LOG, codec=codec_code(codec), identity=identity, part_id=0,
             raw_bytes=size,
         )  # fmt: skip
-        output = _HashedOutput(file)
+        output = HashedOutput(file)
         output.write(pack_container_header(header))
         cuts = plan_log_blocks(summary, index)
         blocks = np.zeros(len(cuts), dtype=BLOCK_ROW)

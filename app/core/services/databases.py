@@ -7,6 +7,7 @@ from app.core.base.clock import Clock, wall_us
 from app.core.base.errors import DatabaseConflict, DatabaseNotFound, InvalidRequest
 from app.core.base.events import Events
 from app.core.services.directory import DatabaseDirectory
+from app.core.services.page_state import page_state
 from app.core.stores.manifest.errors import NameTaken
 from app.core.stores.manifest.ops import (
     CreateDatabase,
@@ -39,6 +40,8 @@ class DatabaseStatus:
     record: DatabaseRecord
     first_lsn: int
     next_lsn: int
+    page_count: int
+    """Of the newest committed state, WAL included."""
     wal_bytes: int
     health: HealthState
     lost_from_lsn: int | None
@@ -170,10 +173,14 @@ class Databases:
         log = self._directory.log(record.db_id)
         with self._manifest.read() as view:
             generations = view.generations(record.db_id, after=None, limit=1)
+            page_count = record.page_count
+            if record.engine == "libsql":
+                page_count = page_state(view, record, log).page_count
         return DatabaseStatus(
             record=record,
             first_lsn=record.first_lsn,
             next_lsn=log.next_lsn,
+            page_count=page_count,
             wal_bytes=log.wal_bytes,
             health=record.health if log.health == "ok" else log.health,
             lost_from_lsn=log.lost_from_lsn,

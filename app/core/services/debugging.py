@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from app.core.coordination.quota import StorageQuota
 from app.core.coordination.quota_levels import QuotaSnapshot
+from app.core.reads.page_cache import PageCache, PageCacheStats
 from app.core.services.fsck import Fsck, FsckReport
+from app.core.stores.local.hot_cache import HotCache, HotCacheStats
 from app.core.stores.manifest.records import ChangeRecord, JobRecord, LeaseRecord
 from app.core.stores.manifest.store import ManifestStats, ManifestStore
 
@@ -16,11 +18,27 @@ class NamedLease:
     lease: LeaseRecord
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheReport:
+    page_cache: PageCacheStats
+    hot_cache: HotCacheStats
+
+
 class Debugging:
-    def __init__(self, manifest: ManifestStore, quota: StorageQuota, fsck: Fsck) -> None:
+    def __init__(
+        self,
+        manifest: ManifestStore,
+        quota: StorageQuota,
+        fsck: Fsck,
+        *,
+        page_cache: PageCache,
+        hot_cache: HotCache,
+    ) -> None:
         self._manifest = manifest
         self._quota = quota
         self._fsck = fsck
+        self._page_cache = page_cache
+        self._hot_cache = hot_cache
 
     def leases(self, *, limit: int, after: tuple[int, int] | None) -> list[NamedLease]:
         """In (db_id, chunk_id) order, from the one behind `after`."""
@@ -54,6 +72,9 @@ class Debugging:
 
     def quota(self) -> QuotaSnapshot:
         return self._quota.snapshot()
+
+    def caches(self) -> CacheReport:
+        return CacheReport(page_cache=self._page_cache.stats(), hot_cache=self._hot_cache.stats())
 
     async def fsck(self) -> FsckReport:
         return await self._fsck.run()

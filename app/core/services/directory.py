@@ -48,6 +48,7 @@ class DatabaseDirectory:
                 engine=ENGINE_CODES[record.engine],
                 chunk_bytes=record.chunk_bytes,
                 floor_lsn=record.floor_lsn,
+                page_size=record.page_size,
                 remembered=tuple(
                     RememberedAppend(
                         key_hash=append.key_hash,

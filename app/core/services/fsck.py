@@ -14,10 +14,12 @@ from app.core.base.tasks import BlockingPool, for_each
 from app.core.checkpoint.generation_document import build_document, decode_document
 from app.core.coordination.quota import StorageQuota
 from app.core.formats.damage import Damage
+from app.core.reads.delta_chain import is_valid_at
 from app.core.stores.local.scratch import ScratchStore
 from app.core.stores.manifest.records import (
     ENDED_STATES,
     ChangeRecord,
+    ChunkDeltaRecord,
     ChunkRecord,
     DatabaseRecord,
     GcRecord,
@@ -58,6 +60,7 @@ class _Manifest:
 
     databases: list[DatabaseRecord]
     rows: list[ChunkRecord]
+    deltas: list[ChunkDeltaRecord]
     segments: list[WalSegmentRecord]
     generations: list[GenerationRecord]
     leases: list[LeaseRecord]
@@ -65,6 +68,10 @@ class _Manifest:
     retired: list[GcRecord]
     changes: list[ChangeRecord]
     differences: list[str]
+
+    @property
+    def catalogue(self) -> list[ChunkRecord | ChunkDeltaRecord]:
+        return [*self.rows, *self.deltas]
 
 
 @dataclass(slots=True)
@@ -114,10 +121,11 @@ class Fsck:
     async def _check_blobs(self, seen: _Manifest, notes: _Notes) -> None:
         remote = self._remote()
 
-        async def check(row: ChunkRecord) -> None:
+        async def check(row: ChunkRecord | ChunkDeltaRecord) -> None:
             assert row.blob is not None
             info = await remote.head_blob(row.blob.key)
-            where = f"{row.db_id}/chunk {row.chunk_id}@{row.generation} {row.blob.key}"
+            what = "delta of chunk" if isinstance(row, ChunkDeltaRecord) else "chunk"
+            where = f"{row.db_id}/{what} {row.chunk_id}@{row.generation} {row.blob.key}"
             if info is None:
                 notes.add("I2", where, "the blob is not on the remote store")
             elif info.bytes != row.blob.bytes:
@@ -125,7 +133,7 @@ class Fsck:
             elif info.crc64 is not None and info.crc64 != row.blob.crc64:
                 notes.add("I2", where, "the store's CRC-64 is not the recorded one")
 
-        blobs = [row for row in seen.rows if row.blob is not None]
+        blobs = [row for row in seen.catalogue if row.blob is not None]
         await for_each(blobs, check, limit=HEADS_AT_ONCE)
         notes.count("blobs", len(blobs))
 
@@ -151,14 +159,13 @@ class Fsck:
                 notes.add("I3", where, str(error))
                 return
             database = databases[generation.db_id]
-            chunks = [
-                row
-                for row in seen.rows
-                if row.db_id == generation.db_id
-                and row.generation <= generation.generation
-                and (row.superseded_at is None or row.superseded_at > generation.generation)
-            ]
-            if stored.chunks != build_document(database, generation, chunks).chunks:
+            expected = build_document(
+                database,
+                generation,
+                [row for row in seen.rows if _is_of(row, generation)],
+                [row for row in seen.deltas if _is_of(row, generation)],
+            )
+            if stored.catalogue != expected.catalogue:
                 notes.add("I3", where, "the document names other chunks than the catalogue")
 
         await for_each(seen.generations, check, limit=HEADS_AT_ONCE)
@@ -220,6 +227,7 @@ def _load(view: ManifestView) -> _Manifest:
     return _Manifest(
         databases=databases,
         rows=[row for record in databases for row in view.chunk_rows(record.db_id)],
+        deltas=[row for record in databases for row in view.delta_rows(record.db_id)],
         segments=view.all_segments(),
         generations=[
             row
@@ -266,8 +274,9 @@ def _check_catalogue(seen: _Manifest, notes: _Notes) -> None:
         rows = [row for row in seen.rows if row.db_id == record.db_id and row.blob is not None]
         _check_chunks(record, rows, notes)
         _check_coverage(record, rows, seen.segments, notes)
+        _check_deltas(record, seen, notes)
     doomed = {row.key for row in seen.retired}
-    for row in seen.rows:
+    for row in seen.catalogue:
         if row.blob is not None and row.superseded_at is None and row.blob.key in doomed:
             notes.add("I8", row.blob.key, "a live blob is queued for collection")
 
@@ -284,6 +293,27 @@ def _check_chunks(record: DatabaseRecord, rows: Iterable[ChunkRecord], notes: _N
         if row.first <= last:
             notes.add("I14", f"{record.db_id}/chunk {row.chunk_id}", "LSN ranges overlap")
         last = row.last
+
+
+def _check_deltas(record: DatabaseRecord, seen: _Manifest, notes: _Notes) -> None:
+    """A delta lies over a base, and the blob that it is encoded against is still named."""
+    bases = [row for row in seen.rows if row.db_id == record.db_id and row.blob is not None]
+    keys = {row.blob.key for row in bases if row.blob is not None}
+    current = {row.chunk_id for row in bases if row.superseded_at is None}
+    for delta in seen.deltas:
+        if delta.db_id != record.db_id:
+            continue
+        notes.count("deltas")
+        where = f"{record.db_id}/delta of chunk {delta.chunk_id}@{delta.generation}"
+        if delta.base_key and delta.base_key not in keys:
+            notes.add("I8", where, "the base that it is encoded against is not in the catalogue")
+        if delta.superseded_at is None and delta.chunk_id not in current:
+            notes.add("I2", where, "it lies over no base")
+
+
+def _is_of(row: ChunkRecord | ChunkDeltaRecord, generation: GenerationRecord) -> bool:
+    """Whether the row is valid at the generation."""
+    return row.db_id == generation.db_id and is_valid_at(row, generation.generation)
 
 
 def _check_coverage(

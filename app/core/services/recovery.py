@@ -8,6 +8,7 @@ were (I14). Crash: run it again; it only ever writes into a manifest without dat
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
@@ -18,6 +19,7 @@ from app.core.checkpoint.generation_document import (
     GenerationDocument,
     decode_document,
     restored_database,
+    restored_deltas,
     restored_generation,
     restored_rows,
 )
@@ -27,11 +29,14 @@ from app.core.stores.manifest.ops import (
     RestoreDatabase,
     RestoreGeneration,
     UpsertChunk,
+    UpsertChunkDelta,
 )
-from app.core.stores.manifest.records import ChunkRecord
+from app.core.stores.manifest.records import ChunkDeltaRecord, ChunkRecord
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.remote.keys import DOCUMENTS_PREFIX
 from app.core.stores.remote.protocol import RemoteStore
+
+Row = TypeVar("Row", ChunkRecord, ChunkDeltaRecord)
 
 LSN_GAP = 1 << 32
 DOCUMENTS_AT_ONCE = 8
@@ -113,6 +118,9 @@ async def _restore(
     rows = catalogue_rows([document for _, document in documents])
     ops: list[Op] = [RestoreDatabase(record=record)]
     ops += [UpsertChunk(row=row) for row in rows]
+    ops += [
+        UpsertChunkDelta(row=row) for row in delta_rows([document for _, document in documents])
+    ]
     for position, (key, document) in enumerate(documents):
         generation = restored_generation(document, document_key=key)
         if position + 1 < len(documents):
@@ -136,17 +144,28 @@ async def _restore(
 
 
 def catalogue_rows(documents: Sequence[GenerationDocument]) -> list[ChunkRecord]:
-    """Every row that the documents (of one database, in generation order) name, each valid until
-    the first later document that no longer has it. Pure.
+    """Every base and drop that the documents (of one database, in generation order) name, each
+    valid until the first later document that no longer has it. Pure.
     """
-    rows: dict[tuple[int, int], ChunkRecord] = {}
+    return _with_validity([(_number(one), restored_rows(one)) for one in documents])
+
+
+def delta_rows(documents: Sequence[GenerationDocument]) -> list[ChunkDeltaRecord]:
+    """Every delta that the documents name, valid likewise. Pure."""
+    return _with_validity([(_number(one), restored_deltas(one)) for one in documents])
+
+
+def _number(document: GenerationDocument) -> int:
+    return document.generation.generation
+
+
+def _with_validity(views: Sequence[tuple[int, Sequence[Row]]]) -> list[Row]:
+    rows: dict[tuple[int, int], Row] = {}
     open_rows: set[tuple[int, int]] = set()
-    for document in documents:
-        here = {(row.chunk_id, row.generation): row for row in restored_rows(document)}
+    for generation, view in views:
+        here = {(row.chunk_id, row.generation): row for row in view}
         for gone in open_rows - here.keys():
-            rows[gone] = msgspec.structs.replace(
-                rows[gone], superseded_at=document.generation.generation
-            )
+            rows[gone] = msgspec.structs.replace(rows[gone], superseded_at=generation)
         rows.update({place: row for place, row in here.items() if place not in rows})
         open_rows = set(here)
     return [rows[place] for place in sorted(rows)]

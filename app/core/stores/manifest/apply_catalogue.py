@@ -264,6 +264,7 @@ def _publish(rows: Rows, op: PublishGeneration) -> None:
             floor_lsn=max(database.floor_lsn, row.last_lsn + 1),
             next_chunk_id=op.next_chunk_id,
             page_count=row.page_count,
+            wal_position=op.wal_position,
         ),
     )
 

@@ -98,6 +98,8 @@ class PublishGeneration(Op, frozen=True, kw_only=True, tag=True):
 
     row: GenerationRecord
     next_chunk_id: int
+    wal_position: bytes = b""
+    """libsql: becomes the database's."""
 
 
 class CoverSegment(Op, frozen=True, kw_only=True, tag=True):

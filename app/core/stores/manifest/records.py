@@ -95,6 +95,8 @@ class DatabaseRecord(Record, array_like=True, frozen=True, kw_only=True):
     lost_from_lsn: int | None = None
     retention: Retention = Retention()
     forked_from: ForkParent | None = None
+    wal_position: bytes = b""
+    """libsql: the footer (`formats/frame_run.py`) of the last request whose WAL may be gone."""
 
 
 class WalSegmentRecord(Record, array_like=True, frozen=True, kw_only=True):
@@ -193,11 +195,13 @@ class ChangeRecord(Record, array_like=True, frozen=True, kw_only=True):
 
 class BlobIntent(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     """The row a job will publish, recorded before its blob's upload, so that a failure knows what
-    may lie on the store and a resumed job knows what it staged.
+    may lie on the store and a resumed job knows what it staged. It has a `row` or a `delta`; a
+    drop has nothing to upload.
     """
 
-    row: ChunkRecord
+    row: ChunkRecord | None
     uploaded: bool = False
+    delta: ChunkDeltaRecord | None = None
 
 
 class Progress(msgspec.Struct, array_like=True, frozen=True, kw_only=True):

@@ -19,6 +19,7 @@ from app.core.base.errors import (
     BopError,
     CorruptWal,
     DiskFull,
+    InvariantViolation,
     LsnMismatch,
     NotReady,
     StorageFailure,
@@ -30,6 +31,7 @@ from app.core.stores.wal.failure import FailStop
 from app.core.stores.wal.flush import Flushed, Flusher, Sealed
 from app.core.stores.wal.group_commit import AppendQueue, Group, WaitingAppend, WaitingSeal
 from app.core.stores.wal.keyed import KeyedAppends
+from app.core.stores.wal.log_frames import LogFrames
 from app.core.stores.wal.pins import PinnedSegment, WalPin
 from app.core.stores.wal.recovery import Health, Recovered
 from app.core.stores.wal.remembered import RememberedAppend
@@ -66,6 +68,7 @@ class WalLog:
         config: LogConfig,
         recovered: Recovered,
         *,
+        frames: LogFrames | None = None,
         writer: LogWriter,
         pool: BlockingPool,
         fail_stop: FailStop,
@@ -73,6 +76,7 @@ class WalLog:
         events: Events,
     ) -> None:
         self._db_id = config.db_id
+        self._frames = frames
         self._writer = writer
         self._flusher = Flusher(
             writer, chunk_bytes=config.chunk_bytes, fail_stop=fail_stop, clock=clock
@@ -118,6 +122,13 @@ class WalLog:
     def first_lsn(self) -> int | None:
         """The oldest LSN in the WAL."""
         return next((segment.first_lsn for segment in self._segments.values()), None)
+
+    @property
+    def frames(self) -> LogFrames:
+        """Pages and the last request; of libsql databases only."""
+        if self._frames is None:
+            raise InvariantViolation("The log holds records, no frames.", db_id=self._db_id)
+        return self._frames
 
     @property
     def health(self) -> Health:
@@ -221,6 +232,8 @@ class WalLog:
             gone = tuple(segment_id for segment_id in segment_ids if self._may_go(segment_id))
             if not gone:
                 return ()
+            if self._frames is not None:
+                self._frames.remove(gone)
             for segment_id in gone:  # nobody can pin them from here on
                 segment = self._segments.pop(segment_id, None)
                 if segment is not None and segment.info is not None:
@@ -333,6 +346,8 @@ class WalLog:
             segment.durable = marks
             self._segments.setdefault(segment.segment_id, segment)
         self._next_lsn = plan.next_lsn
+        if self._frames is not None:
+            self._frames.take(plan.runs, flushed.written)
         for waiting, outcome in zip(appends, plan.outcomes, strict=True):
             self._keyed.end(waiting.request)
             if isinstance(outcome, LsnMismatch):

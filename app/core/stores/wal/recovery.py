@@ -16,9 +16,10 @@ from typing import Literal
 
 from app.core.base.errors import StorageFailure
 from app.core.formats.damage import Damage
-from app.core.formats.segment import EntryFlag, SegmentHeader
+from app.core.formats.segment import EngineCode, EntryFlag, SegmentHeader
 from app.core.stores.wal.disk import Disk
 from app.core.stores.wal.remembered import SegmentAppend
+from app.core.stores.wal.requests import LastRequest
 from app.core.stores.wal.scan import SegmentReader
 from app.core.stores.wal.segments import (
     CatalogSegment,
@@ -62,6 +63,7 @@ class Recovered:
     cut: Cut | None = None
     damage: str | None = None
     damaged_segment_id: int | None = None
+    last_request: LastRequest | None = None  # of libsql databases
 
 
 class _Corrupt(Exception):
@@ -99,7 +101,7 @@ class _Recovery:
         self._note_lost()
         try:
             for row in self._rows:
-                if row.segment_id in self._files:
+                if row.segment_id in self._files and row.segment_id not in found.lost_segment_ids:
                     self._take(row)
             self._end()
         except _Corrupt as corrupt:
@@ -122,6 +124,13 @@ class _Recovery:
             for row in self._rows
             if row.state != "checkpointed" and row.segment_id not in self._files
         ]
+        if lost and self._config.engine is EngineCode.LIBSQL:
+            # Frames mean something only on top of all that came before them.
+            lost = [
+                row
+                for row in self._rows
+                if row.state != "checkpointed" and row.segment_id >= lost[0].segment_id
+            ]
         if lost:
             found = self._found
             found.health = "wal_lost"

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from app.core.base.errors import InvariantViolation
+from app.core.formats.frame_run import FrameFooter
 from app.core.formats.segment import ENTRY_PAYLOAD_BYTES_MAX, EntryType
+from app.core.formats.sqlite_wal import Words
 
 UNIT_BYTES_MIN = 4
 """No record or frame takes fewer bytes of payload: this bounds the LSNs of a segment."""
@@ -26,6 +28,27 @@ class EntryPayload(Protocol):
     def load_blocking(self) -> bytes | memoryview:
         """Called once, when it is written, by a writer thread."""
         ...
+
+
+class FramesPayload(EntryPayload, Protocol):
+    """Of a libsql database. The last entry of a request has the footer."""
+
+    @property
+    def page_nos(self) -> Words: ...
+
+    @property
+    def commit_sizes(self) -> Words: ...
+
+    @property
+    def footer(self) -> FrameFooter | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastRequest:
+    """Where the newest request in a libsql database's WAL left it."""
+
+    last_lsn: int
+    footer: FrameFooter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,6 +49,7 @@ class LogConfig:
     chunk_bytes: int
     floor_lsn: int
     remembered: Sequence[RememberedAppend] = ()
+    page_size: int = 0  # of libsql databases
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,9 +19,11 @@ from app.core.base.errors import (
 )
 from app.core.base.events import Events
 from app.core.base.tasks import BlockingPool, uninterrupted
+from app.core.formats.damage import Damage
 from app.core.stores.wal.disk import Disk, SystemDisk
 from app.core.stores.wal.failure import FailStop
 from app.core.stores.wal.log import WalLog
+from app.core.stores.wal.log_frames import LogFrames, last_request_blocking
 from app.core.stores.wal.recovery import Recovered, recover_blocking
 from app.core.stores.wal.segments import CatalogSegment, LogConfig, SegmentCatalog
 from app.core.stores.wal.writer import LogWriter
@@ -117,9 +119,19 @@ class WalStore:
             raise
         seconds = self._clock.monotonic() - started
         self._tell(config.db_id, recovered, seal_error, seconds)
+        frames = None
+        if config.page_size:
+            frames = LogFrames(
+                page_size=config.page_size,
+                segments=recovered.segments,
+                last=recovered.last_request,
+                disk=self._disk,
+                pool=self._pool,
+            )
         log = WalLog(
             config,
             recovered,
+            frames=frames,
             writer=writer,
             pool=self._pool,
             fail_stop=self._fail_stop,
@@ -152,7 +164,21 @@ class WalStore:
         except BopError as error:
             seal_error = error  # the next flush tries again
         recovered.unsealed = [one for one in recovered.unsealed if one.info is None]
+        if config.page_size:
+            self._find_last_request(recovered, page_size=config.page_size)
         return recovered, seal_error
+
+    def _find_last_request(self, recovered: Recovered, *, page_size: int) -> None:
+        try:
+            recovered.last_request = last_request_blocking(
+                self._disk, recovered.segments, page_size=page_size
+            )
+        except Damage as damage:
+            if recovered.health != "corrupt_wal":
+                recovered.health, recovered.damage = "corrupt_wal", str(damage)
+                recovered.damaged_segment_id = recovered.segments[-1].segment_id
+        except OSError as error:
+            raise StorageFailure(f"The WAL cannot be read: {error}") from error
 
     def _make_root_blocking(self) -> None:
         if self._root_made:

@@ -1,0 +1,101 @@
+"""`restore`: a database of the service as a SQLite file."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from app.cli.databases import DatabaseArgument
+from app.cli.failures import Failure, wrong_usage
+from app.cli.session import parse_name, session_of
+from app.cli.units import bytes_text
+
+if TYPE_CHECKING:
+    from app.client import BopClient
+    from app.replication.restore import Restored
+
+
+def restore(
+    context: typer.Context,
+    name: DatabaseArgument,
+    output: Annotated[Path, typer.Option("-o", "--to", help="The file to make.")],
+    generation: Annotated[int | None, typer.Option(min=0)] = None,
+    snapshot: Annotated[str | None, typer.Option(help="By its name.")] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(metavar="TIMESTAMP", help="RFC 3339; the newest generation by then."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option(help="PRAGMA integrity_check instead of quick_check.")
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option(help="Replace an existing database, its -wal, -shm and -journal too."),
+    ] = False,
+) -> None:
+    """Restore a database to a file; by default its newest committed state."""
+    session = session_of(context)
+    tenant, database = parse_name(name)
+    if sum(each is not None for each in (generation, snapshot, at)) > 1:
+        raise wrong_usage("Choose one of --generation, --snapshot and --at.")
+    moment = None if at is None else parse_moment(at)
+    from app.replication.restore import (  # noqa: PLC0415 - not on the way to --help
+        RestoreFailed,
+        TargetExists,
+        Wanted,
+        existing,
+    )
+    from app.replication.restore import restore as run  # noqa: PLC0415 - as above
+
+    async def work(client: "BopClient") -> "Restored":
+        with session.screen.meter() as meter:
+            return await run(
+                client,
+                Wanted(
+                    tenant=tenant,
+                    database=database,
+                    generation=generation,
+                    snapshot=snapshot,
+                    at=moment,
+                ),
+                output,
+                check="full" if check else "quick",
+                replace=force,
+                progress=lambda done, total: meter(name, done, total),
+            )
+
+    try:
+        if existing(output) and not force:
+            raise TargetExists(existing(output)[0])
+        restored = session.run(work)
+    except TargetExists as error:
+        raise Failure(
+            f"{error.path} exists.",
+            hint="Choose another name, or --force: it removes the database there with its -wal, "
+            "-shm and -journal. Nothing may have it open.",
+            code="file_exists",
+        ) from error
+    except RestoreFailed as error:
+        raise Failure(str(error), code=error.code) from error
+    except OSError as error:
+        raise Failure(
+            f"{output} cannot be written: {error.strerror or error}.", code="file_error"
+        ) from error
+    if session.screen.as_json:
+        session.screen.document(restored)
+        return
+    session.screen.text(
+        f"Restored {name} to {output}: {restored.page_count} pages "
+        f"({bytes_text(restored.bytes)}), LSN {restored.lsn}, generation {restored.generation}."
+    )
+
+
+def parse_moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise wrong_usage(f"--at: {text!r} is not like 2026-01-31T12:00:00Z.") from error
+    if moment.tzinfo is None:
+        raise wrong_usage(f"--at: {text!r} has no zone; write Z for UTC.")
+    return moment.astimezone(UTC)

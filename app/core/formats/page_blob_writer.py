@@ -1,0 +1,316 @@
+"""Writes page blobs (`page_blob.py`), page by page in ascending order, in bounded memory.
+
+Equal pages, options and base give equal bytes, however the pages are cut into batches (I7). What is
+uploaded is hashed as it is written (I2). Crash: a half-written file is replaced by the next
+attempt.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+from pyroaring import BitMap
+
+from app.core.base import failpoints
+from app.core.base.errors import InvariantViolation
+from app.core.formats.codecs import CodecCode, CodecName, codec_code
+from app.core.formats.container import (
+    BLOCK_ROW,
+    ContainerDirectory,
+    ContainerHeader,
+    ContainerKind,
+    LogIdentity,
+    pack_container_directory,
+    pack_container_header,
+)
+from app.core.formats.crc64 import crc64
+from app.core.formats.hashed_output import HashedOutput
+from app.core.formats.page_blob import (
+    NO_BASE,
+    ZERO_SLOT,
+    PageColumns,
+    PageNos,
+    pack_places,
+)
+from app.core.formats.page_codec import (
+    DICTIONARY_FROM_BYTES,
+    PAGE_BLOCK_BYTES,
+    BlockEncoder,
+    make_patch,
+    page_checksums,
+    page_digest,
+    page_digests,
+    train_dictionary,
+)
+
+_GROUP_BYTES = 4 * 1024 * 1024
+"""Blocks that are compressed together."""
+_TRAINING_BYTES = 16 * 1024 * 1024
+"""Held back at the beginning, for the dictionary to learn from."""
+_EQUAL_PAGES_MAX = 256 * 1024
+"""Distinct pages that later ones are compared with; bounds the memory of large chunks (I11)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageBatch:
+    """Pages back to back; `page_nos` ascends."""
+
+    page_nos: PageNos
+    data: memoryview
+
+
+class BasePages(Protocol):
+    """The base blob that patches are made against."""
+
+    @property
+    def sha256(self) -> bytes: ...
+
+    def read_blocking(self, page_nos: PageNos) -> dict[int, bytes]:
+        """Those of the pages that it holds. Raises Damage."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageBlobSpec:
+    kind: ContainerKind
+    codec: CodecName
+    identity: LogIdentity
+    page_size: int
+    delta_id: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageBlobSummary:
+    """A written blob: what its catalogue row needs to know."""
+
+    sha256: bytes
+    crc64: int
+    bytes: int
+    directory_offset: int
+    directory_bytes: int
+    digests_offset: int
+    digests_bytes: int
+    raw_bytes: int
+    """Of its pages, before anything was saved."""
+    pages: BitMap
+    patches: int
+    """Pages stored as a difference to the base."""
+
+
+class PageBlobWriter:
+    """Belongs to one thread at a time. Leaving the context without `finish_blocking` leaves a
+    rubbish file.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        spec: PageBlobSpec,
+        *,
+        base_sha256: bytes | None = None,
+        threads: int = 1,
+    ) -> None:
+        if base_sha256 is not None and spec.kind is not ContainerKind.DELTA:
+            raise InvariantViolation("only a delta has a base")
+        self._spec = spec
+        self._base_sha256 = base_sha256
+        self._threads = threads
+        self._codec = codec_code(spec.codec)
+        self._header = ContainerHeader(
+            kind=spec.kind, codec=self._codec, identity=spec.identity, part_id=spec.delta_id,
+            raw_bytes=0,
+        )  # fmt: skip
+        target.unlink(missing_ok=True)  # never through a link into another blob
+        self._file = target.open("xb")
+        self._output = HashedOutput(self._file)
+        self._output.write(pack_container_header(self._header))
+        self._zero_digest = page_digest(bytes(spec.page_size))
+        self._slot_of: dict[bytes, int] = {}
+        self._page_nos: list[PageNos] = []
+        self._slots: list[int] = []
+        self._checksums: list[int] = []
+        self._digests: list[bytes] = []
+        self._slot_bytes: list[int] = []
+        self._slot_pages: list[int] = []
+        self._blocks: list[tuple[int, int, int, int, int, int]] = []
+        self._raw = bytearray()  # slots that are not compressed yet …
+        self._raw_offset = 0  # … and where they begin
+        self._raw_slot = 0
+        self._encoder: BlockEncoder | None = None
+        self._dictionary = b""
+        self._patches = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Again is harmless."""
+        self._file.close()
+
+    def add_blocking(
+        self, batch: PageBatch, *, base_pages: Mapping[int, bytes] | None = None
+    ) -> None:
+        """`base_pages` are those of these pages that the base blob holds. Raises OSError."""
+        if base_pages and self._base_sha256 is None:
+            raise InvariantViolation("pages of a base in a blob without one")
+        size, count = self._spec.page_size, len(batch.page_nos)
+        if len(batch.data) != count * size:
+            raise InvariantViolation("a batch of pages of another length than its numbers say")
+        if count == 0:
+            return
+        before = int(self._page_nos[-1][-1]) if self._page_nos else 0
+        if (
+            int(batch.page_nos[0]) <= before
+            or not (np.diff(batch.page_nos.astype(np.int64)) > 0).all()
+        ):
+            raise InvariantViolation("pages are not in order")
+        digests = page_digests(batch.data, page_size=size)
+        known = base_pages or {}
+        page_nos = batch.page_nos.tolist()
+        for at, (page_no, digest) in enumerate(zip(page_nos, digests, strict=True)):
+            if digest == self._zero_digest:
+                self._slots.append(ZERO_SLOT)
+                continue
+            slot = self._slot_of.get(digest)
+            if slot is None:
+                page = batch.data[at * size : (at + 1) * size]
+                slot = self._add_slot(page_no, page, digest, known.get(page_no))
+            self._slots.append(slot)
+        self._page_nos.append(batch.page_nos.astype(np.uint32))
+        self._checksums += page_checksums(batch.data, page_size=size)
+        self._digests += digests
+        limit = _GROUP_BYTES if self._encoder is not None else _TRAINING_BYTES
+        if len(self._raw) >= limit:
+            self._pack_blocks_blocking(final=False)
+
+    def finish_blocking(self) -> PageBlobSummary:
+        """Raises InvariantViolation for a blob without pages."""
+        if not self._page_nos:
+            raise InvariantViolation("a page blob without pages")
+        self._pack_blocks_blocking(final=True)
+        page_nos = np.concatenate(self._page_nos)
+        digests = b"".join(self._digests)
+        digests_offset = self._output.bytes
+        self._add_block(digests, digests, key=int(page_nos[-1]) + 1)
+        blocks = np.array(self._blocks, dtype=BLOCK_ROW)
+        directory = ContainerDirectory(
+            header=ContainerHeader(
+                kind=self._header.kind, codec=self._header.codec, identity=self._header.identity,
+                part_id=self._header.part_id, raw_bytes=self._raw_offset,
+            ),
+            first_key=int(page_nos[0]),
+            last_key=int(page_nos[-1]),
+            directory_offset=self._output.bytes,
+            blocks=blocks,
+            places=pack_places(
+                PageColumns(
+                    page_size=self._spec.page_size,
+                    page_nos=page_nos,
+                    slots=np.array(self._slots, dtype=np.uint32),
+                    checksums=np.array(self._checksums, dtype=np.uint64),
+                    slot_bytes=np.array(self._slot_bytes, dtype=np.uint32),
+                    base_sha256=self._base_sha256 or NO_BASE,
+                    dictionary=self._dictionary,
+                )
+            ),
+        )  # fmt: skip
+        self._output.write(pack_container_directory(directory))
+        self._file.close()
+        digest = self._output.digest()
+        return PageBlobSummary(
+            sha256=digest.sha256, crc64=digest.crc64, bytes=digest.bytes,
+            directory_offset=directory.directory_offset,
+            directory_bytes=directory.directory_bytes,
+            digests_offset=digests_offset, digests_bytes=len(digests),
+            raw_bytes=len(page_nos) * self._spec.page_size,
+            pages=BitMap(page_nos), patches=self._patches,
+        )  # fmt: skip
+
+    def _add_slot(
+        self, page_no: int, page: memoryview, digest: bytes, base_page: bytes | None
+    ) -> int:
+        slot = len(self._slot_bytes)
+        stored: bytes | memoryview = page
+        if base_page is not None:
+            patch = make_patch(bytes(page), base_page)
+            # A longer one saves little over the page within its block, and costs a base's block.
+            if 2 * len(patch) < len(page):
+                stored = patch
+        if len(stored) < len(page):
+            self._patches += 1  # fits its own base page only, so nothing else can share it
+        elif len(self._slot_of) < _EQUAL_PAGES_MAX:
+            self._slot_of[digest] = slot
+        self._raw += stored
+        self._slot_bytes.append(len(stored))
+        self._slot_pages.append(page_no)
+        return slot
+
+    def _pack_blocks_blocking(self, *, final: bool) -> None:
+        if self._encoder is None:
+            if self._codec is CodecCode.ZSTD and len(self._raw) >= DICTIONARY_FROM_BYTES:
+                self._dictionary = train_dictionary(
+                    memoryview(self._raw)[:_TRAINING_BYTES], page_size=self._spec.page_size
+                )
+            self._encoder = BlockEncoder(
+                self._codec, dictionary=self._dictionary, threads=self._threads
+            )
+        lengths, keys = self._cut(final=final)
+        if not lengths:
+            return
+        raw = memoryview(bytes(memoryview(self._raw)[: sum(lengths)]))
+        packed = self._encoder.encode(raw, lengths)
+        at = 0
+        for length, key, stored in zip(lengths, keys, packed, strict=True):
+            self._add_block(raw[at : at + length], stored, key=key)
+            at += length
+        del self._raw[:at]
+        failpoints.fp("stage.mid_write")
+
+    def _cut(self, *, final: bool) -> tuple[list[int], list[int]]:
+        """Lengths and first pages of the next blocks; the last, which may yet grow, only if
+        `final`.
+        """
+        lengths: list[int] = []
+        keys: list[int] = []
+        slot, slots = self._raw_slot, len(self._slot_bytes)
+        while slot < slots:
+            key, length, start = self._slot_pages[slot], 0, slot
+            while slot < slots and length + self._slot_bytes[slot] <= PAGE_BLOCK_BYTES:
+                length += self._slot_bytes[slot]
+                slot += 1
+            if slot == slots and not final:
+                slot = start
+                break
+            lengths.append(length)
+            keys.append(key)
+        self._raw_slot = slot
+        return lengths, keys
+
+    def _add_block(self, raw: bytes | memoryview, stored: bytes | memoryview, *, key: int) -> None:
+        self._blocks.append(
+            (self._raw_offset, self._output.bytes, len(raw), len(stored), key, crc64(stored))
+        )
+        self._output.write(stored)
+        self._raw_offset += len(raw)
+
+
+def write_pages_blocking(
+    target: Path,
+    spec: PageBlobSpec,
+    pages: Iterable[PageBatch],
+    *,
+    base: BasePages | None = None,
+    threads: int = 1,
+) -> PageBlobSummary:
+    """Writes `target`, replaced if it is there. Raises OSError, and Damage of the base."""
+    sha256 = None if base is None else base.sha256
+    with PageBlobWriter(target, spec, base_sha256=sha256, threads=threads) as writer:
+        for batch in pages:
+            held = None if base is None else base.read_blocking(batch.page_nos)
+            writer.add_blocking(batch, base_pages=held)
+        return writer.finish_blocking()

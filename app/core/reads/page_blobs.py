@@ -1,0 +1,367 @@
+"""Pages of published blobs: one page through the page cache, or many at once past it.
+
+Invariants: I10: see blob_reader.py; a page is checked once more by its own checksum. A directory
+is used only if it is of the blob that its row means. I11: directories are kept up to a limit,
+blocks not at all.
+Concurrency: a directory and a block are fetched by one reader at a time, for all who wait.
+Cancellation: a fetch ends with the last one who waits for it. Crash: nothing here is written.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from app.core.base.tasks import TaskScope, for_each
+from app.core.formats.codecs import codec_code
+from app.core.formats.container import ContainerKind
+from app.core.formats.damage import Damage
+from app.core.formats.page_blob import PageBlobDirectory, PageNos
+from app.core.reads.blob_reader import BlobReader, OpenBlob, corrupt_blob
+from app.core.reads.byte_source import Tier
+from app.core.reads.delta_chain import BaseLayer, DeltaLayer, Layer
+from app.core.reads.page_cache import FetchOptions, PageCache, PageKey
+from app.core.reads.single_flight import SingleFlight
+
+PageTier = Literal["wal", "page_cache", "local", "remote"]
+Block = bytes | memoryview
+
+DIRECTORIES_BYTES = 64 * 1024 * 1024
+READ_AHEAD_BYTES = 512 * 1024
+"""What is fetched beyond a block when pages are read one after the other."""
+FETCHES_AT_ONCE = 4
+GAP_BYTES_MAX = 128 * 1024
+"""Blocks that are not needed but lie between needed ones are read along up to here: cheaper than
+another request."""
+
+_NO_BLOCK = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What one fetch of blocks gave: those asked for and whole pages of them."""
+
+    blocks: Mapping[int, Block]
+    pages: Mapping[int, bytes]
+    tier: Tier
+
+
+class PageBlobs:
+    def __init__(
+        self,
+        reader: BlobReader,
+        cache: PageCache,
+        *,
+        scope: TaskScope,
+        directories_bytes: int = DIRECTORIES_BYTES,
+    ) -> None:
+        self._reader = reader
+        self._cache = cache
+        self._directories = _DirectoryCache(limit_bytes=directories_bytes)
+        self._directory_flights = SingleFlight[bytes, PageBlobDirectory](scope)
+        self._block_flights = SingleFlight[tuple[bytes, int], _Run](scope)
+
+    # --- one page -----------------------------------------------------------------------------
+
+    async def read_page(
+        self, layer: Layer, page_no: int, options: FetchOptions
+    ) -> tuple[bytes, PageTier] | None:
+        """None: the blob does not hold it. Raises CorruptBlob, RemoteUnavailable."""
+        key = PageKey(layer.blob.sha256, page_no)
+        if not options.bypass and (known := self._cache.get(key)) is not None:
+            return known, "page_cache"
+        directory = await self._directory(layer)
+        place = directory.locate(page_no)
+        if place is None:
+            return None
+        if place.is_zero:
+            return bytes(directory.page_size), "page_cache"
+        run = await self._block(layer, directory, place.block, page_no, options)
+        page = run.pages.get(page_no)
+        if page is None:
+            base_page = await self._base_page(layer, page_no, options)
+            try:
+                page = directory.page(run.blocks[place.block], place, base_page)
+            except Damage as error:
+                raise corrupt_blob(layer.blob, f"The blob is damaged: {error}.") from error
+            if options.populate and not options.bypass:
+                self._cache.put(key, page)
+        return page, run.tier
+
+    async def _base_page(self, layer: Layer, page_no: int, options: FetchOptions) -> bytes | None:
+        match layer:
+            case DeltaLayer(encoded_against=BaseLayer() as base):
+                found = await self.read_page(base, page_no, options)
+                return None if found is None else found[0]
+            case _:
+                raise corrupt_blob(layer.blob, f"Page {page_no} is a patch, and has no base.")
+
+    async def _block(
+        self,
+        layer: Layer,
+        directory: PageBlobDirectory,
+        block: int,
+        page_no: int,
+        options: FetchOptions,
+    ) -> _Run:
+        sha256 = layer.blob.sha256
+        stop = block + 1
+        if options.populate and not options.bypass:
+            sequential = PageKey(sha256, page_no - 1) in self._cache
+            if sequential:
+                stop = self._read_ahead(directory, block)
+
+        async def fetch() -> _Run:
+            mine = await self._reader.open(layer.blob)
+            try:
+                first, length = directory.block_range(block, stop)
+                blocks, pages = await mine.fetch(
+                    first, length, lambda data: _unpack_run(directory, block, stop, data)
+                )
+                tier = mine.tier
+            finally:
+                mine.close()
+            if options.populate and not options.bypass:
+                for number, page in pages.items():
+                    self._cache.put(PageKey(sha256, number), page)
+            return _Run(blocks=blocks, pages=pages, tier=tier)
+
+        return await self._block_flights.run((sha256, block), fetch)
+
+    def _read_ahead(self, directory: PageBlobDirectory, block: int) -> int:
+        """Behind the last block to be fetched along with `block`."""
+        budget = min(READ_AHEAD_BYTES, self._cache.stats().limit_bytes // 4)
+        ends = np.cumsum(directory.container.blocks["raw_bytes"][block : directory.digests_block])
+        return block + max(1, int(np.searchsorted(ends, budget, side="right")))
+
+    # --- many pages ---------------------------------------------------------------------------
+
+    async def open(self, layer: Layer) -> "OpenPages":
+        """For reading much of a blob; to be closed by the caller. Raises CorruptBlob,
+        RemoteUnavailable.
+        """
+        blob = await self._reader.open(layer.blob)
+        base: OpenPages | None = None
+        try:
+            directory = await self._directory(layer)
+            if directory.base_sha256 is not None:
+                assert isinstance(layer, DeltaLayer)
+                assert layer.encoded_against is not None
+                base = await self.open(layer.encoded_against)
+        except BaseException:
+            blob.close()
+            raise
+        return OpenPages(self._reader, blob, directory, base)
+
+    async def _directory(self, layer: Layer) -> PageBlobDirectory:
+        sha256, row = layer.blob.sha256, layer.row
+        directory = self._directories.get(sha256)
+        if directory is None:
+
+            async def fetch() -> PageBlobDirectory:
+                mine = await self._reader.open(layer.blob)
+                try:
+                    found = await mine.fetch(
+                        row.directory_offset,
+                        row.directory_bytes,
+                        lambda data: _parse_directory(layer, data),
+                    )
+                finally:
+                    mine.close()
+                self._directories.put(sha256, found)
+                return found
+
+            directory = await self._directory_flights.run(sha256, fetch)
+        try:
+            _check_directory(layer, directory)  # another row may mean the same blob
+        except Damage as error:
+            raise corrupt_blob(layer.blob, f"The blob is damaged: {error}.") from error
+        return directory
+
+
+class OpenPages:
+    """A blob's pages, read by runs of blocks."""
+
+    def __init__(
+        self,
+        reader: BlobReader,
+        blob: OpenBlob,
+        directory: PageBlobDirectory,
+        base: "OpenPages | None",
+    ) -> None:
+        self._reader = reader
+        self._ref = blob.ref
+        self._blob = blob
+        self._directory = directory
+        self._base = base
+
+    async def read(self, page_nos: PageNos) -> npt.NDArray[np.uint8]:
+        """The pages, ascending: shape (pages, page size). What the blob does not hold is zeros.
+        Raises CorruptBlob, RemoteUnavailable.
+        """
+        directory = self._directory
+        positions = directory.positions(page_nos)
+        held = positions >= 0
+        mine = positions if held.all() else positions[held]
+        numbers = np.unique(directory.blocks_of(mine)) if len(mine) else mine
+        blocks: dict[int, Block] = {}
+        for found in await for_each(
+            _block_runs(directory, numbers[numbers != _NO_BLOCK]),
+            self._fetch,
+            limit=FETCHES_AT_ONCE,
+        ):
+            blocks.update(found)
+        base_pages = await self._base_pages(mine)
+        try:
+            data = await self._reader.pool.run(
+                lambda: directory.unpack_pages(mine, blocks, base_pages=base_pages)
+            )
+        except Damage as error:
+            raise corrupt_blob(self._ref, f"The blob is damaged: {error}.") from error
+        pages = np.frombuffer(data, dtype=np.uint8).reshape(-1, directory.page_size)
+        if len(mine) == len(page_nos):
+            return pages
+        spread = np.zeros((len(page_nos), directory.page_size), dtype=np.uint8)
+        spread[held] = pages
+        return spread
+
+    @property
+    def page_nos(self) -> PageNos:
+        """Of the pages that the blob holds, ascending."""
+        return self._directory.page_nos
+
+    async def read_digests(self) -> bytes:
+        """`PAGE_DIGEST_BYTES` for each of `page_nos`. Raises CorruptBlob, RemoteUnavailable."""
+        number = self._directory.digests_block
+        first, length = self._directory.block_range(number, number + 1)
+        return await self._blob.fetch(first, length, self._directory.unpack_digests)
+
+    async def _fetch(self, run: tuple[int, int]) -> Mapping[int, Block]:
+        start, stop = run
+        first, length = self._directory.block_range(start, stop)
+        return await self._blob.fetch(
+            first, length, lambda data: _unpack_blocks(self._directory, start, stop, data)
+        )
+
+    async def _base_pages(self, positions: npt.NDArray[np.intp]) -> dict[int, bytes] | None:
+        if self._base is None:
+            return None
+        needed = self._directory.page_nos[positions[self._directory.are_patches(positions)]]
+        if len(needed) == 0:
+            return {}
+        pages = await self._base.read(needed)
+        return {number: pages[at].tobytes() for at, number in enumerate(needed.tolist())}
+
+    def close(self) -> None:
+        """Again is harmless."""
+        self._blob.close()
+        if self._base is not None:
+            self._base.close()
+
+
+class _DirectoryCache:
+    """By the blob's SHA-256, least recently used go first (I11)."""
+
+    def __init__(self, *, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._directories: OrderedDict[bytes, PageBlobDirectory] = OrderedDict()
+        self.used_bytes = 0
+
+    def get(self, sha256: bytes) -> PageBlobDirectory | None:
+        directory = self._directories.get(sha256)
+        if directory is not None:
+            self._directories.move_to_end(sha256)
+        return directory
+
+    def put(self, sha256: bytes, directory: PageBlobDirectory) -> None:
+        if sha256 in self._directories:
+            return
+        self._directories[sha256] = directory
+        self.used_bytes += directory.memory_bytes
+        while self.used_bytes > self._limit_bytes:
+            _, oldest = self._directories.popitem(last=False)
+            self.used_bytes -= oldest.memory_bytes
+
+
+def _parse_directory(layer: Layer, data: bytes) -> PageBlobDirectory:
+    directory = PageBlobDirectory.parse(data)
+    _check_directory(layer, directory)
+    return directory
+
+
+def _check_directory(layer: Layer, directory: PageBlobDirectory) -> None:
+    """Raises Damage unless the blob is the one the row means: an object in another's place."""
+    row, who = layer.row, directory.identity
+    owner = row.origin_db_id or row.db_id
+    is_it = (
+        _is_of_kind(layer, directory)
+        and (who.db_id, who.chunk_id) == (owner, row.chunk_id)
+        # A row may be renewed (a fork) without its blob.
+        and (owner != row.db_id or who.generation <= row.generation)
+        and directory.container.header.codec == codec_code(row.codec)
+        and directory.container.directory_offset == row.directory_offset
+        and len(directory) == row.count
+    )
+    if not is_it:
+        raise Damage("the blob is another one than its row says")
+
+
+def _is_of_kind(layer: Layer, directory: PageBlobDirectory) -> bool:
+    match layer:
+        case BaseLayer():
+            return directory.kind is ContainerKind.PAGES
+        case DeltaLayer(row=row, encoded_against=base):
+            against = directory.base_sha256
+            return (
+                directory.kind is ContainerKind.DELTA
+                and directory.delta_id == row.delta_id
+                and (against is None or (base is not None and against == base.blob.sha256))
+            )
+
+
+def _block_runs(
+    directory: PageBlobDirectory, numbers: npt.NDArray[np.intp]
+) -> list[tuple[int, int]]:
+    """Blocks [start, stop) to be fetched at once, from those needed, ascending."""
+    if len(numbers) == 0:
+        return []
+    offsets = directory.container.blocks["stored_offset"].astype(np.int64)
+    ends = offsets + directory.container.blocks["stored_bytes"]
+    far = offsets[numbers[1:]] - ends[numbers[:-1]] > GAP_BYTES_MAX
+    breaks = (np.flatnonzero(far) + 1).tolist()
+    return [
+        (int(numbers[start]), int(numbers[stop - 1]) + 1)
+        for start, stop in zip([0, *breaks], [*breaks, len(numbers)], strict=True)
+    ]
+
+
+def _unpack_blocks(
+    directory: PageBlobDirectory, first: int, stop: int, data: bytes
+) -> dict[int, Block]:
+    """Raises Damage."""
+    view, at = memoryview(data), 0
+    blocks: dict[int, Block] = {}
+    for number in range(first, stop):
+        length = int(directory.container.blocks[number]["stored_bytes"])
+        blocks[number] = directory.unpack_block(number, view[at : at + length])
+        at += length
+    return blocks
+
+
+def _unpack_run(
+    directory: PageBlobDirectory, first: int, stop: int, data: bytes
+) -> tuple[dict[int, Block], dict[int, bytes]]:
+    """The blocks, and their pages but for patches. Raises Damage."""
+    blocks = _unpack_blocks(directory, first, stop, data)
+    positions = directory.positions_in(first, stop)
+    whole = positions[~directory.are_patches(positions)]
+    unpacked = memoryview(directory.unpack_pages(whole, blocks))
+    size = directory.page_size
+    pages = {
+        number: bytes(unpacked[at * size : (at + 1) * size])
+        for at, number in enumerate(directory.page_nos[whole].tolist())
+    }
+    return blocks, pages

@@ -1,0 +1,350 @@
+"""Any page of a libsql database, at its newest state or at a generation.
+
+The write-ahead log has the newest pages, then deltas, then the base; the blobs' pages come from
+the page cache, the hot cache's files or ranged reads of the remote store.
+
+Invariants: I4, I5, I8: a point pins what it shows. I10: see wal_pages.py and blob_reader.py.
+I11: a bulk read holds a few windows of a MiB, whatever it reads, and goes past the page cache:
+a scan would push everything else out of it.
+Concurrency: any number of reads at once; who wants the same block waits for one fetch.
+Cancellation: a read that nobody waits for ends; iterators close what they opened.
+Crash: nothing here is written.
+"""
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+
+from app.core.base.clock import Clock
+from app.core.base.errors import CorruptWal, DatabaseNotFound, GenerationExpired, NotFound
+from app.core.base.events import Events
+from app.core.base.tasks import BlockingPool, TaskScope
+from app.core.formats.sqlite_wal import lock_byte_page
+from app.core.reads.blob_reader import BlobReader
+from app.core.reads.delta_chain import NO_LAYER, DeltaChain, Layer, delta_chain
+from app.core.reads.log_reader import BlobCache
+from app.core.reads.page_blobs import OpenPages, PageBlobs, PageTier
+from app.core.reads.page_cache import FetchOptions, PageCache, PageKey
+from app.core.reads.read_point import GenerationPins, ReadPoint
+from app.core.reads.wal_pages import PageNos, WalPageReader, WalPages
+from app.core.stores.manifest.records import DatabaseRecord, GenerationRecord
+from app.core.stores.manifest.store import ManifestStore
+from app.core.stores.remote.protocol import RemoteStore
+from app.core.stores.wal.log import WalLog
+from app.core.stores.wal.page_index import CUT_OFF
+
+WINDOW_BYTES = 1024 * 1024
+READ_AHEAD_WINDOWS = 4
+CHAINS_BYTES = 8 * 1024 * 1024
+DEFAULT_OPTIONS = FetchOptions()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageRead:
+    data: bytes
+    tier: PageTier
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageRun:
+    """`count` pages from page `first` on, back to back."""
+
+    first: int
+    count: int
+    data: memoryview
+
+
+class LogOf(Protocol):
+    def log(self, db_id: int) -> WalLog: ...
+
+
+class PageStore:
+    """An async context: leaving it ends what is being fetched."""
+
+    def __init__(
+        self,
+        manifest: ManifestStore,
+        wal: LogOf,
+        *,
+        remote: Callable[[], RemoteStore],
+        hot_cache: BlobCache,
+        cache: PageCache,
+        pins: GenerationPins,
+        pool: BlockingPool,
+        clock: Clock,
+        events: Events,
+        window_bytes: int = WINDOW_BYTES,
+        read_ahead_windows: int = READ_AHEAD_WINDOWS,
+    ) -> None:
+        self._manifest = manifest
+        self._wal = wal
+        self.cache = cache
+        self._pins = pins
+        self._pool = pool
+        self._window_bytes = window_bytes
+        self._read_ahead_windows = read_ahead_windows
+        # Whoever waits for a fetch is told of its error; of one nobody waits for, nobody cares.
+        self._scope = TaskScope("pages", on_error=lambda _: None)
+        self._blobs = PageBlobs(
+            BlobReader(remote=remote, hot_cache=hot_cache, pool=pool, clock=clock, events=events),
+            cache,
+            scope=self._scope,
+        )
+        self._wal_reader = WalPageReader(pool=pool, scope=self._scope, clock=clock, events=events)
+        self._chains = _ChainCache(limit_bytes=CHAINS_BYTES)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._scope.aclose()
+
+    # --- points -------------------------------------------------------------------------------
+
+    async def point(
+        self, db_id: int, *, generation: int | None = None, lsn: int | None = None
+    ) -> ReadPoint:
+        """The newest committed state, WAL included, or that at an `lsn` of the WAL which ends a
+        transaction, or a generation; to be released by the caller. Raises GenerationExpired, NotFound for a generation that never was, CorruptWal.
+        """
+        if generation is not None:
+            return self._generation_point(db_id, generation)
+        log = self._wal.log(db_id)
+        if log.health == "corrupt_wal":
+            raise CorruptWal
+        index = await log.frames.read()
+        # From here on without an await: rows, pins and commits are of one moment.
+        database, published = self._newest(db_id)
+        base_lsn = published.last_lsn if published is not None else 0
+        commit = index.commit_at(log.durable_lsn if lsn is None else lsn)
+        wal = None
+        lsn, page_count = base_lsn, published.page_count if published is not None else 0
+        on_release: list[Callable[[], None]] = []
+        if commit is not None and commit.lsn > base_lsn:
+            lsn, page_count = commit.lsn, commit.page_count
+            on_release.append(log.pin(base_lsn + 1, lsn).release)
+            wal = WalPages(index=index, reader=self._wal_reader, base_lsn=base_lsn, at_lsn=lsn)
+        number = published.generation if published is not None else 0
+        on_release.append(self._pins.pin(db_id, number))
+        return ReadPoint(
+            database=database, generation=number, lsn=lsn, page_count=page_count, wal=wal,
+            _on_release=on_release,
+        )  # fmt: skip
+
+    def _newest(self, db_id: int) -> tuple[DatabaseRecord, GenerationRecord | None]:
+        with self._manifest.read() as view:
+            database = view.database(db_id)
+            if database is None:
+                raise DatabaseNotFound(db_id=db_id)
+            return database, view.generation(db_id, database.generation)
+
+    def _generation_point(self, db_id: int, generation: int) -> ReadPoint:
+        with self._manifest.read() as view:
+            database = view.database(db_id)
+            record = view.generation(db_id, generation)
+        if database is None:
+            raise DatabaseNotFound(db_id=db_id)
+        if record is None:
+            if 0 < generation <= database.generation:
+                raise GenerationExpired(
+                    f"Generation {generation} is no longer retained.", generation=generation
+                )
+            raise NotFound(
+                f"There is no generation {generation}; the newest is {database.generation}.",
+                generation=generation,
+            )
+        return ReadPoint(
+            database=database, generation=generation, lsn=record.last_lsn,
+            page_count=record.page_count, wal=None,
+            _on_release=[self._pins.pin(db_id, generation)],
+        )  # fmt: skip
+
+    async def open_layer(self, layer: Layer) -> OpenPages:
+        """For reading much of one blob; to be closed by the caller. Raises CorruptBlob,
+        RemoteUnavailable.
+        """
+        return await self._blobs.open(layer)
+
+    # --- one page -----------------------------------------------------------------------------
+
+    async def read_page(
+        self, point: ReadPoint, page_no: int, options: FetchOptions = DEFAULT_OPTIONS
+    ) -> PageRead:
+        """A page within the point's page count; of one never written, zeros. Raises CorruptBlob,
+        CorruptWal, RemoteUnavailable.
+        """
+        assert 1 <= page_no <= point.page_count
+        data: bytes
+        tier: PageTier
+        place = point.wal.locate(page_no) if point.wal is not None else None
+        if page_no == lock_byte_page(point.page_size) or place is CUT_OFF:
+            data, tier = bytes(point.page_size), "wal" if point.wal else "page_cache"
+        elif place is not None:
+            assert point.wal is not None
+            data, tier = await point.wal.read(place), "wal"
+        else:
+            data, tier = await self._read_published(point, page_no, options)
+        return PageRead(data=data, tier=tier, generation=point.generation)
+
+    async def _read_published(
+        self, point: ReadPoint, page_no: int, options: FetchOptions
+    ) -> tuple[bytes, PageTier]:
+        chain = self.chain(point, (page_no - 1) // point.pages_per_chunk)
+        layer = chain.layer_of(page_no)
+        found = None
+        if layer is not None:
+            found = await self._blobs.read_page(layer, page_no, options)
+        if layer is None or found is None:
+            return bytes(point.page_size), "page_cache"
+        key = PageKey(layer.blob.sha256, page_no)
+        if options.pin and self.cache.pin(key):
+            point.on_release(lambda: self.cache.unpin(key))
+        return found
+
+    def chain(self, point: ReadPoint, chunk_id: int) -> DeltaChain:
+        """The chunk's blobs at the point's generation."""
+        db_id, generation = point.database.db_id, point.generation
+        key = (db_id, generation, chunk_id)
+        chain = self._chains.get(key)
+        if chain is None:
+            with self._manifest.read() as view:
+                bases = view.chunk_rows_of(db_id, chunk_id)
+                deltas = view.delta_rows_of(db_id, chunk_id)
+            chain = delta_chain(chunk_id, bases, deltas, generation=generation)
+            self._chains.put(key, chain)
+        return chain
+
+    # --- many pages ---------------------------------------------------------------------------
+
+    async def iter_pages(
+        self,
+        point: ReadPoint,
+        first: int,
+        last: int,
+        options: FetchOptions = DEFAULT_OPTIONS,
+    ) -> AsyncGenerator[PageRun, None]:
+        """The pages [first, last], both included, in runs of at most a MiB (or one page), with a
+        few of them read ahead. Goes past the page cache, whatever `options` say. Raises what
+        `read_page` does. Close it if it is not read to its end.
+        """
+        del options
+        assert first >= 1
+        assert last <= point.page_count
+        scope = TaskScope("page-runs", on_error=lambda _: None)  # told where a run is awaited
+        chunks: OrderedDict[int, _OpenChunk] = OrderedDict()
+        ahead: deque[tuple[int, asyncio.Task[PageRun]]] = deque()
+        windows = _windows(point, first, last, window_bytes=self._window_bytes)
+
+        def read_next() -> None:
+            window = next(windows, None)
+            if window is not None:
+                chunk_id, page_no, count = window
+                chunk = chunks.get(chunk_id)
+                if chunk is None:
+                    chunk = chunks[chunk_id] = _OpenChunk(self._blobs, self.chain(point, chunk_id))
+                run = scope.start(self._read_window(point, chunk, page_no, count), name="window")
+                ahead.append((chunk_id, run))
+
+        try:
+            for _ in range(self._read_ahead_windows):
+                read_next()
+            while ahead:
+                chunk_id, run = ahead.popleft()
+                result = await run
+                while next(iter(chunks)) != chunk_id:  # runs come in order: done with
+                    chunks.popitem(last=False)[1].close()
+                read_next()
+                yield result
+        finally:
+            await scope.aclose()
+            for chunk in chunks.values():
+                chunk.close()
+
+    async def _read_window(
+        self, point: ReadPoint, chunk: "_OpenChunk", first: int, count: int
+    ) -> PageRun:
+        numbers = chunk.chain.layers_of(first, count)
+        whole = numbers[0] if count and (numbers == numbers[0]).all() else None
+        page_nos: PageNos = np.arange(first, first + count, dtype=np.uint32)
+        if point.wal is None and whole is not None and whole != NO_LAYER:
+            pages = await (await chunk.open(int(whole))).read(page_nos)
+        else:
+            pages = np.zeros((count, point.page_size), dtype=np.uint8)
+            if point.wal is not None:
+                numbers[await point.wal.fill(pages, first_page=first)] = NO_LAYER
+            for number in np.unique(numbers[numbers != NO_LAYER]).tolist():
+                rows = np.flatnonzero(numbers == number)
+                pages[rows] = await (await chunk.open(number)).read(page_nos[rows])
+        lock_byte = lock_byte_page(point.page_size) - first
+        if 0 <= lock_byte < count:
+            pages[lock_byte] = 0
+        return PageRun(first=first, count=count, data=pages.data.cast("B"))
+
+
+class _OpenChunk:
+    """A chunk's blobs while its windows are read; each is opened when it is first needed."""
+
+    def __init__(self, blobs: PageBlobs, chain: DeltaChain) -> None:
+        self.chain = chain
+        self._blobs = blobs
+        self._open: dict[int, OpenPages] = {}
+        self._opening = asyncio.Lock()
+
+    async def open(self, number: int) -> OpenPages:
+        found = self._open.get(number)
+        if found is None:
+            async with self._opening:
+                found = self._open.get(number)
+                if found is None:
+                    found = await self._blobs.open(self.chain.layers[number])
+                    self._open[number] = found
+        return found
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+class _ChainCache:
+    """Chains at a generation never change. Least recently used go first (I11)."""
+
+    def __init__(self, *, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._used_bytes = 0
+        self._chains: OrderedDict[tuple[int, int, int], DeltaChain] = OrderedDict()
+
+    def get(self, key: tuple[int, int, int]) -> DeltaChain | None:
+        chain = self._chains.get(key)
+        if chain is not None:
+            self._chains.move_to_end(key)
+        return chain
+
+    def put(self, key: tuple[int, int, int], chain: DeltaChain) -> None:
+        self._chains[key] = chain
+        self._used_bytes += chain.memory_bytes
+        while self._used_bytes > self._limit_bytes:
+            _, oldest = self._chains.popitem(last=False)
+            self._used_bytes -= oldest.memory_bytes
+
+
+def _windows(
+    point: ReadPoint, first: int, last: int, *, window_bytes: int
+) -> Iterator[tuple[int, int, int]]:
+    """(chunk, first page, pages): aligned, so that windows begin where blocks do, and never over
+    a chunk's end.
+    """
+    step = max(1, window_bytes // point.page_size)
+    per_chunk = point.pages_per_chunk
+    at = first
+    while at <= last:
+        chunk_id = (at - 1) // per_chunk
+        chunk_first = chunk_id * per_chunk + 1
+        stop = chunk_first + ((at - chunk_first) // step + 1) * step
+        stop = min(stop, chunk_first + per_chunk, last + 1)
+        yield chunk_id, at, stop - at
+        at = stop

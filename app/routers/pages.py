@@ -1,0 +1,132 @@
+"""Single pages of a libsql database.
+
+Invariants: I10: a page is checked before it is sent. I12: see route.py.
+Concurrency: a request holds its state only while it reads. Cancellation, crash: nothing is held.
+"""
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from app.core.base.errors import (
+    CorruptBlob,
+    CorruptWal,
+    DatabaseNotFound,
+    GenerationExpired,
+    PageNotFound,
+    PreconditionFailed,
+    RangeNotSatisfiable,
+    RemoteUnavailable,
+    SnapshotNotFound,
+    WrongEngine,
+)
+from app.routers.auth import needs
+from app.routers.bodies import OCTETS
+from app.routers.databases import DATABASE_PATH
+from app.routers.deps import NAME_PARAMETERS, names_of, services_of
+from app.routers.openapi import problems
+from app.routers.ranges import ByteRange, answer_to
+from app.routers.route import ScopedRoute
+from app.routers.selectors import (
+    GENERATION_PARAMETER,
+    SNAPSHOT_PARAMETER,
+    checked_number,
+    selector_of,
+)
+
+router = APIRouter(route_class=ScopedRoute, tags=["pages"])
+PAGE_NO_MAX = 2**32 - 2
+
+_HEADERS: dict[str, Any] = {
+    "Bop-Tier": {
+        "description": "Where the page was found.",
+        "schema": {"type": "string", "enum": ["wal", "page_cache", "local", "remote"]},
+    },
+    "Bop-Generation": {
+        "description": "The newest generation of the state that was read; 0: none is published.",
+        "schema": {"type": "integer"},
+    },
+    "Bop-Lsn": {
+        "description": "The last LSN of the state that was read.",
+        "schema": {"type": "integer"},
+    },
+    "ETag": {"description": "Names the page's content.", "schema": {"type": "string"}},
+}
+_PAGE: dict[str, Any] = {
+    "parameters": [
+        *NAME_PARAMETERS,
+        {
+            "name": "page_no",
+            "in": "path",
+            "required": True,
+            "schema": {"type": "integer", "minimum": 1, "maximum": PAGE_NO_MAX},
+            "example": 1,
+        },
+        GENERATION_PARAMETER,
+        SNAPSHOT_PARAMETER,
+    ]
+}
+
+
+@router.head(f"{DATABASE_PATH}/pages/{{page_no}}", include_in_schema=False)
+@router.get(
+    f"{DATABASE_PATH}/pages/{{page_no}}",
+    response_class=Response,
+    openapi_extra=_PAGE,
+    responses={
+        200: {
+            "description": "The page's bytes.",
+            "headers": _HEADERS,
+            "content": {
+                OCTETS: {
+                    "schema": {"type": "string", "format": "binary"},
+                    "example": "SQLite format 3\x00…",
+                }
+            },
+        },
+        304: {"description": "The page is what `If-None-Match` names."},
+        **problems(
+            DatabaseNotFound,
+            SnapshotNotFound,
+            PageNotFound,
+            WrongEngine,
+            GenerationExpired,
+            PreconditionFailed,
+            RangeNotSatisfiable,
+            CorruptBlob,
+            CorruptWal,
+            RemoteUnavailable,
+        ),
+    },
+)
+@needs("read")
+async def read_page(request: Request) -> Response:
+    """One page, at the newest committed state or at a generation. A page that was never written
+    is zeros.
+    """
+    tenant, database = names_of(request)
+    page_no = checked_number(
+        request.path_params["page_no"], name="page_no", maximum=PAGE_NO_MAX, place="path"
+    )
+    selector = selector_of(request, takes_time=False)
+    page = await services_of(request).pages.read(tenant, database, page_no, selector)
+    etag = f'"{page.tag}"'
+    headers = {
+        "ETag": etag,
+        "Bop-Tier": page.tier,
+        "Bop-Generation": str(page.generation),
+        "Bop-Lsn": str(page.lsn),
+        "Cache-Control": "no-cache",
+        "Accept-Ranges": "bytes",
+    }
+    answer = answer_to(request, etag=etag, size=len(page.data))
+    if answer == "not_modified":
+        return Response(status_code=304, headers=headers)
+    if isinstance(answer, ByteRange):
+        headers["Content-Range"] = answer.content_range
+        piece = page.data[answer.first : answer.stop]
+        return Response(piece, status_code=206, headers=headers, media_type=OCTETS)
+    if request.method == "HEAD":
+        headers["Content-Length"] = str(len(page.data))
+        return Response(headers=headers, media_type=OCTETS)
+    return Response(page.data, headers=headers, media_type=OCTETS)

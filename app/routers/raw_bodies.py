@@ -1,0 +1,125 @@
+"""Bodies that are looked at as a whole: read to their end, then read again at any place.
+
+Invariants: I11: a body takes a little of the memory that all bodies share, and goes to an unlinked
+file as soon as it is larger. I13: nothing of a refused, broken or abandoned body stays.
+Concurrency: a slow client holds up nobody, because nothing is locked while its body arrives.
+Cancellation: leaving `RawBody` gives back memory and lets the file go, once the last thread that
+reads it has let go as well. Crash: an unlinked file goes with the process.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from app.routers.bodies import BodyMemory, BodyReader, Spool, SpoolFile
+
+HELD_BYTES_MAX = 4 * 1024 * 1024
+"""What one body may take of the shared memory."""
+WRITE_BYTES = 256 * 1024
+
+
+class HeldBody:
+    def __init__(self, data: bytearray) -> None:
+        self._data = memoryview(data)
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self._data)
+
+    def read_blocking(self, offset: int, length: int) -> memoryview:
+        return self._data[offset : offset + length]
+
+
+class SpooledBody:
+    def __init__(self, file: SpoolFile, size_bytes: int) -> None:
+        self._file = file
+        self.size_bytes = size_bytes
+
+    def read_blocking(self, offset: int, length: int) -> bytes:
+        data = os.pread(self._file.fd, length, offset)
+        while len(data) < length:
+            more = os.pread(self._file.fd, length - len(data), offset + len(data))
+            if not more:
+                raise OSError(errno.EIO, "the spool file is shorter than what was written to it")
+            data += more
+        return data
+
+
+class RawBody:
+    """`async with`, `read`, then what that gave until the block is left.
+
+    `check_head` is given the first `head_bytes` as soon as they are there (or all, if there are
+    fewer) and may refuse the body by raising.
+    """
+
+    def __init__(
+        self,
+        reader: BodyReader,
+        *,
+        memory: BodyMemory,
+        spool: Spool,
+        head_bytes: int = 0,
+        check_head: Callable[[bytes], None] | None = None,
+    ) -> None:
+        self._reader = reader
+        self._memory = memory
+        self._spool = spool
+        self._head_bytes = head_bytes
+        self._check_head = check_head
+        self._held = bytearray()
+        self._reserved_bytes = 0
+        self._file: SpoolFile | None = None
+        self._written_bytes = 0
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._give_back()
+        self._held = bytearray()
+        self._file = None
+
+    async def read(self) -> HeldBody | SpooledBody:
+        """Raises BodyTooLarge, InvalidRequest, DiskFull, ClientGone, and what `check_head` does."""
+        while (piece := await self._reader.read_piece()) is not None:
+            if self._file is None and not self._may_hold(len(piece)):
+                self._file = await self._spool.open()
+            self._held += piece
+            self._look_at_head(ended=False)
+            if self._file is not None and len(self._held) >= WRITE_BYTES:
+                await self._write(self._file)
+        self._look_at_head(ended=True)
+        if self._file is None:
+            return HeldBody(self._held)
+        await self._write(self._file)
+        return SpooledBody(self._file, self._written_bytes)
+
+    def _may_hold(self, count: int) -> bool:
+        if self._reserved_bytes + count > HELD_BYTES_MAX or not self._memory.try_reserve(count):
+            return False
+        self._reserved_bytes += count
+        return True
+
+    def _look_at_head(self, *, ended: bool) -> None:
+        if self._check_head is not None and (ended or len(self._held) >= self._head_bytes):
+            check, self._check_head = self._check_head, None
+            check(bytes(self._held[: self._head_bytes]))
+
+    async def _write(self, file: SpoolFile) -> None:
+        if self._check_head is not None:
+            return  # its head is not there yet
+        held, self._held = self._held, bytearray()
+        await self._spool.append(file, bytes(held))
+        self._written_bytes += len(held)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        self._memory.release(self._reserved_bytes)
+        self._reserved_bytes = 0

@@ -1,0 +1,197 @@
+"""One live file: the lock, the log, the image. All without a network."""
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from app.replication.source import LogMoved, NotFollowable, Source, SourceProblem
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "a.db"
+
+
+@pytest.fixture
+def application(path):
+    with closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as connection:
+        connection.execute("PRAGMA page_size=1024")
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("CREATE TABLE t (a)")
+        yield connection
+
+
+@pytest.fixture
+def source(path, application):
+    source = Source.open_blocking(path)
+    source.take_lock_blocking()
+    yield source
+    source.close_blocking()
+
+
+def insert(application, count=1):
+    for _ in range(count):
+        application.execute("INSERT INTO t VALUES (randomblob(3000))")
+
+
+def image_of(source):
+    image = source.image_blocking()
+    pieces, at = [], 0
+    while piece := source.read_image_blocking(image, at):
+        pieces.append(piece)
+        at += len(piece)
+    return image, b"".join(pieces)
+
+
+def content(application):
+    """The pages as SQLite itself serialises them."""
+    return application.serialize()
+
+
+def test_nobody_restarts_the_log_while_the_lock_is_held(source, application):
+    salts = source.lock.salts
+    insert(application, 5)
+    for _ in range(3):
+        application.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        insert(application, 3)
+    log = source.log_blocking()
+    assert log.salts == salts
+    source.let_go_blocking()
+    application.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    insert(application)
+    assert source.log_blocking().salts != salts
+
+
+def test_a_copied_log_is_restarted_once_and_not_again(source, application):
+    insert(application, 5)
+    before = source.log_blocking()
+    carried = source.sqlite_checkpoint_blocking(
+        salts=before.salts, offset=before.end, carried_bytes_max=0
+    )
+    assert carried is not None
+    assert source.lock.end == before.end
+    insert(application)
+    first = source.log_blocking()
+    assert first.salts[0] == before.salts[0] + 1
+    for _ in range(3):
+        application.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        insert(application)
+    assert source.log_blocking().salts == first.salts
+
+
+def test_frames_not_yet_sent_are_carried_across(source, application):
+    insert(application, 2)
+    offset = source.log_blocking().end
+    insert(application, 2)
+    log = source.log_blocking()
+    expected = source.read_log_blocking(log.salts, offset, log.end)
+    assert not source.sqlite_checkpoint_blocking(
+        salts=log.salts, offset=offset, carried_bytes_max=10
+    )
+    assert source.lock is not None
+    carried = source.sqlite_checkpoint_blocking(
+        salts=log.salts, offset=offset, carried_bytes_max=1 << 20
+    )
+    insert(application)
+    assert carried.data == expected
+    with pytest.raises(LogMoved):
+        source.read_log_blocking(log.salts, offset, log.end)
+
+
+def test_an_uncommitted_frame_is_not_part_of_the_log(source, application):
+    insert(application)
+    end = source.log_blocking().end
+    application.execute("PRAGMA cache_size=5")
+    application.execute("BEGIN")
+    insert(application, 50)
+    assert Path(f"{source.path}-wal").stat().st_size > end
+    assert source.log_blocking().end == end
+    application.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_image_is_one_commit_whatever_happens_meanwhile(source, application, copied):
+    insert(application, 20)
+    if copied:
+        log = source.log_blocking()
+        source.sqlite_checkpoint_blocking(salts=log.salts, offset=log.end, carried_bytes_max=0)
+    expected = content(application)
+    image = source.image_blocking()
+    assert bool(image.frames_of_pages) is not copied
+    application.execute("UPDATE t SET a = randomblob(2000)")
+    application.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    insert(application, 30)
+    application.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+    got = b""
+    while piece := source.read_image_blocking(image, len(got)):
+        got += piece
+    assert got == expected
+    assert content(application) != expected
+
+
+def test_an_image_of_an_empty_log(path):
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("CREATE TABLE t (a)")
+    expected = path.read_bytes()
+    source = Source.open_blocking(path)
+    try:
+        image, got = image_of(source)
+        assert (image.log.frames, image.log.end, image.log.page_size) == (0, 0, 4096)
+        assert got == expected
+    finally:
+        source.close_blocking()
+
+
+def test_closing_leaves_the_log_where_it_is(path):
+    """An application's last connection would copy the log and delete it."""
+    source = None
+    with closing(sqlite3.connect(path, isolation_level=None)) as application:
+        application.execute("PRAGMA journal_mode=WAL")
+        application.execute("CREATE TABLE t (a)")
+        source = Source.open_blocking(path)
+        source.take_lock_blocking()
+    log = source.log_blocking()
+    source.close_blocking()
+    again = Source.open_blocking(path)
+    assert again.log_blocking() == log
+    assert log.frames > 0
+    again.close_blocking()
+
+
+def test_the_checksums_of_a_frame(source, application):
+    insert(application)
+    log = source.log_blocking()
+    assert source.checksums_at_blocking(log, log.end) == log.checksums
+    assert source.checksums_at_blocking(log, log.end - 1) is None
+    assert source.checksums_at_blocking(log, log.end + log.frame_bytes) is None
+    assert source.checksums_at_blocking(log, 0) is None
+
+
+def test_a_busy_writer_is_waited_for_in_vain(source, application, monkeypatch):
+    monkeypatch.setattr("app.replication.source.WRITE_LOCK_TRIES", 3)
+    application.execute("BEGIN IMMEDIATE")
+    with pytest.raises(SourceProblem, match="locked"):
+        source.image_blocking()
+    assert source.lock is not None, "the lock that was held is held on"
+    application.execute("ROLLBACK")
+
+
+def test_what_cannot_be_followed(tmp_path, path):
+    with pytest.raises(SourceProblem, match="No such file"):
+        Source.open_blocking(path)
+    path.touch()
+    with pytest.raises(SourceProblem, match="empty"):
+        Source.open_blocking(path)
+    path.write_bytes(b"x" * 4096)
+    with pytest.raises(NotFollowable, match="not a SQLite database"):
+        Source.open_blocking(path)
+    old = tmp_path / "old.db"
+    with closing(sqlite3.connect(old)) as connection:
+        connection.execute("CREATE TABLE t (a)")
+    with pytest.raises(NotFollowable, match="WAL mode"):
+        Source.open_blocking(old)
+    Source.open_blocking(old, set_wal=True).close_blocking()
+    assert old.read_bytes()[18:20] == b"\x02\x02"
