@@ -16,18 +16,19 @@ from tests.conftest import MakeServer
 from tests.fault.scenarios import STANDARD
 from tests.helpers.failpoints import Failpoints, kill_at
 from tests.helpers.server import ServerEnded, ServerProcess
-from tests.helpers.workload import Crashed, Workload
+from tests.helpers.workload import STANDARD_SETTINGS, Crashed, Workload, plant_orphan
 
 
 @pytest.mark.parametrize("name", STANDARD)
 async def test_kill_at(
     name: str, make_server: MakeServer, standard_hits: Mapping[str, int]
 ) -> None:
-    server, workload = make_server(), Workload()
+    server, workload = make_server(settings=STANDARD_SETTINGS), Workload()
     died = await live_until_killed(server, workload, kill_at(name))
     assert died, f"{name} was not reached"
     if standard_hits[name] > 1:
         await live_until_killed(server, workload, kill_at(name, nth=later(standard_hits[name])))
+    plant_orphan(server.data_dir)
     await server.start(failpoints={})
     await workload.check(server)
     await workload.create(server.client)
@@ -45,6 +46,7 @@ async def live_until_killed(
     """One life of the service under the workload, its start and its orderly end included. True
     if it died at the failpoint.
     """
+    plant_orphan(server.data_dir)
     try:
         await server.start(failpoints=failpoints)
         await workload.run(server.client)

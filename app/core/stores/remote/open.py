@@ -93,7 +93,7 @@ async def open_remote(
     randomness: Randomness,
     events: Events,
 ) -> RemoteStore:
-    """Closed with the stack. Makes no request: `probe` does. Raises StartRefused for a URL that
+    """Closed with the stack. Asks the store nothing: `probe` does. Raises StartRefused for a URL that
     cannot be one, RemoteUnavailable where a directory cannot be made.
     """
     place = parse_remote_url(url)

@@ -159,8 +159,8 @@ class WalStore:
             return
         try:
             self._root.parent.mkdir(parents=True, exist_ok=True)
-            if self._disk.make_directory(self._root):
-                self._disk.sync_directory(self._root.parent)
+            self._disk.make_directory(self._root)
+            self._disk.sync_directory(self._root.parent)
         except OSError as error:
             raise StorageFailure(f"The WAL's directory cannot be made: {error}") from error
         self._root_made = True

@@ -59,6 +59,7 @@ class LogWriter:
         self._engine = engine
         self._chunk_bytes = chunk_bytes
         self._catalog = catalog
+        self._directory_durable = False
 
     def write_group_blocking(
         self, plan: GroupPlan, *, tail: Segment | None, durable_lsn: int, now_us: int
@@ -146,8 +147,11 @@ class LogWriter:
             return tail
         path = self._directory / segment_name(run.segment_id)
         segment = Segment(segment_id=run.segment_id, path=path, first_lsn=run.first_lsn)
-        if self._disk.make_directory(self._directory):
+        if not self._directory_durable:
+            # An earlier process may have made it and ended before it was synced.
+            self._disk.make_directory(self._directory)
             self._sync_directory(self._directory.parent)
+            self._directory_durable = True
         # What may be left of a failed group has no row; unlinked, never overwritten: a promoted
         # chunk is a link to its segment's inode.
         self._disk.unlink(path)
