@@ -6,7 +6,7 @@ Nothing else creates a component. Order is bottom up; closing is the exact rever
 import fcntl
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Literal
 
 from app.core.base.clock import Clock, Randomness, SystemClock, SystemRandomness
 from app.core.base.errors import OwnershipLost, StartRefused
-from app.core.base.events import Events
+from app.core.base.events import Events, Level
 from app.core.base.ids import new_ulid
 from app.core.base.tasks import BlockingPool
 from app.core.checkpoint.executor import CheckpointExecutor, CheckpointLimits, CheckpointParts
@@ -46,6 +46,7 @@ from app.core.stores.wal.store import WalStore
 from app.core.workers.janitor import ScratchJanitor
 from app.core.workers.job_loop import JobLoop
 from app.core.workers.prefix_claim import PrefixClaim
+from app.core.workers.pruning import Pruning
 from app.core.workers.supervisor import Supervisor
 from app.core.workers.wal_sweep import WalSweep
 from app.settings import Settings
@@ -84,11 +85,39 @@ class Gauges:
     hot_cache_bytes: Callable[[], float]
 
 
+class RemoteHealth:
+    """An event sink: the remote store counts as failing after some requests in a row that did."""
+
+    FAILURES_MAX = 3
+
+    def __init__(self) -> None:
+        self._failures = 0
+
+    @property
+    def failing(self) -> bool:
+        return self._failures >= self.FAILURES_MAX
+
+    def __call__(self, name: str, level: Level, fields: Mapping[str, object]) -> None:
+        del level
+        if name == "remote.requested":
+            outcome = fields.get("outcome")
+            if outcome == "ok":
+                self._failures = 0
+            elif outcome == "error":
+                self._failures += 1
+
+
 class Container:
     """What the HTTP edge sees of the service."""
 
     def __init__(
-        self, services: Services, gauges: Gauges, *, claim: PrefixClaim, job_loop: JobLoop
+        self,
+        services: Services,
+        gauges: Gauges,
+        *,
+        claim: PrefixClaim,
+        job_loop: JobLoop,
+        events: Events,
     ) -> None:
         self.services = services
         self.gauges = gauges
@@ -96,11 +125,12 @@ class Container:
         self._job_loop = job_loop
         self._stopping = False
         self._failure: str | None = None
-        self.degraded: set[str] = set()
+        self._remote_health = RemoteHealth()
+        events.subscribe(self._remote_health)
 
     def readiness(self) -> Readiness:
         """Ready once recovered and the prefix was claimed; a later remote outage only degrades."""
-        degraded = sorted(self.degraded)
+        degraded = ["remote"] if self._claim.claimed and self._remote_health.failing else []
         if self._failure is not None:
             return Readiness(status="failed", reasons=[self._failure], degraded=degraded)
         if self._stopping:
@@ -278,11 +308,18 @@ async def open_container(
             ),
             claim=claim,
             job_loop=job_loop,
+            events=events,
         )
         supervisor = await stack.enter_async_context(
             Supervisor(clock=clock, events=events, on_fatal=on_fatal)
         )
-        for worker in (claim, janitor, WalSweep(release, clock=clock, events=events), job_loop):
+        for worker in (
+            claim,
+            janitor,
+            WalSweep(release, clock=clock, events=events),
+            Pruning(manifest, clock=clock, events=events, jobs_max=settings.job_history_count),
+            job_loop,
+        ):
             supervisor.start(worker)
         stack.push_async_callback(job_loop.drain, seconds=settings.shutdown_seconds)
         try:

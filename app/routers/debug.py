@@ -9,6 +9,7 @@ from app.core.services.debugging import NamedLease
 from app.routers.auth import needs, require_unbound
 from app.routers.deps import services_of
 from app.routers.exchange import principal_of
+from app.routers.openapi import problems
 from app.routers.operations_schemas import (
     ChangePage,
     ChangeView,
@@ -18,7 +19,6 @@ from app.routers.operations_schemas import (
     ManifestStatsView,
     QuotaView,
 )
-from app.routers.openapi import problems
 from app.routers.paging import PageQuery, seen_only
 from app.routers.route import ScopedRoute
 from app.routers.schemas import JobPage, JobView, plain

@@ -53,7 +53,7 @@ async def live_until_killed(
         await workload.retry_unknown(server.client)
         code = await server.terminate()
     except (Crashed, ServerEnded):
-        code = await server.wait_exit()
+        code = await server.wait_exit(timeout=10)
     assert code in {0, -signal.SIGKILL}, server.log_tail()
     return code == -signal.SIGKILL
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.client
 import os
 import threading
 import time
@@ -756,3 +757,22 @@ async def test_an_outage_is_no_loss_of_the_prefix(proxy: FaultProxy, bench: Benc
         await claim.confirm()
     proxy.clear()
     await claim.confirm()
+
+
+def test_the_proxy_runs_in_a_thread_of_its_own(seaweed: SeaweedS3) -> None:
+    """For servers in other processes: rules and counts are at hand from here."""
+
+    def status(port: int) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        try:
+            connection.request("GET", "/status-probe")
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+    with FaultProxy.in_thread("127.0.0.1", seaweed.port) as proxy:
+        assert status(proxy.port) == status(seaweed.port)
+        proxy.add(Rule(path="/status-probe", action=Answer.too_many_requests(), skip=1))
+        assert [status(proxy.port) for _ in range(3)] == [403, 429, 403]
+        assert proxy.count("GET", "status-probe") == 4
+    assert proxy.problems == []

@@ -189,11 +189,12 @@ class Workload:
     async def check(self, server: ServerProcess) -> None:
         client = server.client
         await wait_until(lambda: _is_idle(client), timeout=DRAIN_SECONDS, describe="idle jobs")
-        database = (await client.get(DATABASE)).json()
+        if (answer := await client.get(DATABASE)).status_code == 200:
+            assert answer.json()["health"]["state"] == "ok", answer.text
         for job_id, covered in self.jobs.items():
             job = (await client.get(f"/checkpoints/{job_id}")).json()
             assert job["state"] == "completed", job
-            assert database["checkpointed_lsn"] >= covered, (job, database)
+            assert answer.json()["checkpointed_lsn"] >= covered, (job, answer.text)
         assert await _items(client, "/debug/checkpoint/leases") == []
         quota = await client.get("/debug/storage/quota")
         if quota.status_code != 404:

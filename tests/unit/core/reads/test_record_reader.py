@@ -576,8 +576,9 @@ async def test_descriptors_do_not_leak(house, tmp_path):
 # --- bounds
 
 
-@pytest.mark.parametrize("where", ["wal", "none", "zstd"])
-@pytest.mark.parametrize("as_lines", [False, True])
+@pytest.mark.parametrize(
+    ("where", "as_lines"), [("wal", False), ("wal", True), ("none", False), ("zstd", True)]
+)
 async def test_memory_is_bounded_whatever_the_range(house, tmp_path, where, as_lines):
     record = b"0123456789abcdef" * 20
     segment = build_segment(tmp_path / "s", [[record] * 200] * 1024)

@@ -40,7 +40,11 @@ def files_below(root: Path) -> set[str]:
 
 
 class TestDirectoryContract(RemoteStoreContract):
-    pass
+    list_count = 205
+
+    @pytest.fixture(autouse=True)
+    def _small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(directory_module, "LIST_BATCH_COUNT", 100)
 
 
 async def test_objects_are_plain_files_named_by_their_keys(root: Path, store: RemoteStore) -> None:

@@ -257,6 +257,39 @@ class WithoutListing(Faulty):
         yield
 
 
+class WithoutFirstWrite(Faulty):
+    async def put_if_absent(self, key: str, body: BytesBody) -> BlobInfo | None:
+        return None
+
+
+class WithoutMatching(Faulty):
+    async def put_if_match(self, key: str, body: BytesBody, *, etag: str) -> BlobInfo | None:
+        return None
+
+
+class WithoutReadAfterWrite(Faulty):
+    async def head_blob(self, key: str) -> BlobInfo | None:
+        return None
+
+
+class RefusingRanges(Faulty):
+    async def get_blob(self, key: str, *, first: int = 0, length: int | None = None) -> bytes:
+        raise RemoteMisconfigured("The endpoint ignores Range.")
+
+
+class WithWrongChecksums(Faulty):
+    async def head_blob(self, key: str) -> BlobInfo | None:
+        found = await self.inner.head_blob(key)
+        return found and BlobInfo(
+            key=key, bytes=found.bytes, crc64=1, etag=found.etag, modified_at_us=0
+        )
+
+
+class KeepingDeleted(Faulty):
+    async def delete_blobs(self, keys: Sequence[str]) -> Sequence[str]:
+        return keys
+
+
 class WithoutDeleting(Faulty):
     async def delete_blobs(self, keys: Sequence[str]) -> Sequence[str]:
         return ()
@@ -271,6 +304,11 @@ class WithoutDeleting(Faulty):
         (WithoutRanges, "ranged GET"),
         (WithoutListing, "listing"),
         (WithoutDeleting, "still there"),
+        (WithoutFirstWrite, "refuses a key that is not there"),
+        (WithoutMatching, "refuses the object's own ETag"),
+        (WithoutReadAfterWrite, "just written is not there"),
+        (RefusingRanges, "ignores Range"),
+        (WithWrongChecksums, "another checksum"),
     ],
 )
 async def test_the_probe_says_what_is_lacking(
@@ -281,6 +319,11 @@ async def test_the_probe_says_what_is_lacking(
     assert any(words in text for text in report.lacks)
     with pytest.raises(RemoteMisconfigured, match=words):
         await probe(store, randomness=SeededRandomness(2))
+
+
+async def test_the_probe_says_that_it_may_not_delete(bench: Bench) -> None:
+    with pytest.raises(RemoteMisconfigured, match="s3:DeleteObject"):
+        await probe(KeepingDeleted(bench.faulty.inner), randomness=SeededRandomness(2))
 
 
 async def test_the_probe_leaves_nothing_behind_when_it_fails(bench: Bench) -> None:
