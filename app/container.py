@@ -3,11 +3,12 @@
 Nothing else creates a component. Order is bottom up; closing is the exact reverse.
 """
 
+import asyncio
 import fcntl
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,6 +39,7 @@ from app.core.services.records import Records
 from app.core.services.recovery import RecoverReport, recover_databases
 from app.core.stores.local.hot_cache import HotCache
 from app.core.stores.local.scratch import ScratchStore
+from app.core.stores.manifest.environment import fsync_path_blocking
 from app.core.stores.manifest.ops import DropForeignLeases, ManifestBatch
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.remote.open import RemoteOptions, open_remote
@@ -283,7 +285,11 @@ async def open_container(
                     manifest,
                     directory,
                     RecordReader(
-                        remote=claim.remote, hot_cache=hot_cache, pool=ground.pool, events=events
+                        remote=claim.remote,
+                        hot_cache=hot_cache,
+                        pool=ground.pool,
+                        events=events,
+                        clock=clock,
                     ),
                     record_bytes_max=settings.max_record_bytes,
                 ),
@@ -372,7 +378,7 @@ async def _open_ground(
 ) -> _Ground:
     clock, randomness = SystemClock(), SystemRandomness()
     process_id = new_ulid(clock, randomness)
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    await asyncio.to_thread(_make_data_directory_blocking, settings.data_dir)
     stack.enter_context(_DataDirectoryLock(settings.data_dir))
     manifest = await ManifestStore.open(
         settings.data_dir / "manifest",
@@ -433,6 +439,15 @@ def remote_options(settings: Settings) -> RemoteOptions:
 
 def _raise_fatal(error: BaseException) -> None:
     raise error
+
+
+def _make_data_directory_blocking(path: Path) -> None:
+    """Its name is durable on return: without that a power cut could take all that is in it (I1)."""
+    made = [each for each in path.absolute().parents if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in (path.absolute(), *made):
+        with suppress(PermissionError):  # a parent that we may not read, we have not made
+            fsync_path_blocking(each.parent)
 
 
 class _DataDirectoryLock:

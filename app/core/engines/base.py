@@ -11,6 +11,7 @@ from typing import Protocol
 import msgspec
 
 from app.core.base.errors import InvariantViolation
+from app.core.formats.chunk import log_container_bytes_max
 from app.core.stores.manifest.records import ChunkRecord, Codec, DatabaseRecord, Engine
 
 PLAN_VERSION = 1
@@ -55,7 +56,12 @@ class CheckpointPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def staged_bytes_max(self) -> int:
         """What staging may hold in scratch at most."""
-        return sum(action.segment_bytes for action in self.actions)
+        return sum(
+            action.segment_bytes
+            if self.codec == "none"
+            else log_container_bytes_max(action.segment_bytes)
+            for action in self.actions
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

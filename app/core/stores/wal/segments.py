@@ -162,6 +162,16 @@ class Segment:
     def durable_last_lsn(self) -> int:
         return self.durable.next_lsn - 1
 
+    def written_summary(self, db_id: int) -> SegmentSummary:
+        """The trailer that sealing it now would write."""
+        marks = self.written
+        return SegmentSummary(
+            db_id=db_id, segment_id=self.segment_id, first_lsn=self.first_lsn,
+            last_lsn=marks.next_lsn - 1, entries=marks.entries, entries_end=marks.entries_end,
+            payload_bytes=marks.payload_bytes, index_points=len(self.index),
+            line_safe=marks.line_safe, keyed=marks.keyed,
+        )  # fmt: skip
+
     def durable_index(self) -> IndexArray:
         if self.info is not None:
             return self.info.index

@@ -20,7 +20,6 @@ from app.core.formats.segment import (
     EntryFlag,
     EntryHeader,
     SegmentHeader,
-    SegmentSummary,
     pack_directory,
     pack_entry_header,
     pack_segment_header,
@@ -102,9 +101,10 @@ class LogWriter:
         """
         if segment.file_sealed is None:
             failpoints.fp("wal.before_seal")
-            info = sealed_info(
-                segment, db_id=self._db_id, engine=self._engine, marks=segment.written
-            )
+            info = SegmentInfo.of(
+                segment.written_summary(self._db_id), path=segment.path, engine=self._engine,
+                index=segment.index.array(), state="sealed",
+            )  # fmt: skip
             self._write_directory(segment, info)
             segment.file_sealed = info
         self._catalog.seal_blocking(segment.file_sealed)
@@ -294,19 +294,6 @@ class LogWriter:
             self._disk.sync_directory(path)
         except OSError as error:
             raise StorageFailure(f"A directory of the WAL cannot be synced: {error}") from error
-
-
-def sealed_info(
-    segment: Segment, *, db_id: int, engine: EngineCode, marks: SegmentMarks
-) -> SegmentInfo:
-    index = segment.index.array()
-    summary = SegmentSummary(
-        db_id=db_id, segment_id=segment.segment_id, first_lsn=segment.first_lsn,
-        last_lsn=marks.next_lsn - 1, entries=marks.entries, entries_end=marks.entries_end,
-        payload_bytes=marks.payload_bytes, index_points=len(index), line_safe=marks.line_safe,
-        keyed=marks.keyed,
-    )  # fmt: skip
-    return SegmentInfo.of(summary, path=segment.path, engine=engine, index=index, state="sealed")
 
 
 def write_all(disk: Disk, fd: int, pieces: Sequence[Buffer], offset: int) -> None:

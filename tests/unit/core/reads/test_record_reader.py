@@ -555,8 +555,10 @@ async def test_closing_waits_for_a_read_in_the_pool_before_the_file_is_closed(
     await anext(stream.content)
     await asyncio.get_running_loop().run_in_executor(None, started.wait, 10)
     closing = asyncio.get_running_loop().create_task(stream.aclose())
-    await asyncio.sleep(0)
+    for _ in range(50):
+        await asyncio.sleep(0)
     assert house.hot_cache.stats().pinned == 1
+    assert not closing.done()
     go_on.set()
     await closing
     assert len(outcomes) == 1
