@@ -5,6 +5,7 @@ write, each truncation, each new length, each name in a directory, independently
 """
 
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,35 +125,39 @@ class _File:
     synced: bytearray = field(default_factory=bytearray)
     later: list[Write | Truncate] = field(default_factory=list)
 
+    def sync(self) -> None:
+        for change in self.later:
+            _apply(self.synced, change)
+        self.later.clear()
+
 
 @dataclass
 class _Names:
     synced: dict[str, int | None] = field(default_factory=dict)
     later: list[Link | Unlink] = field(default_factory=list)
 
+    def sync(self) -> None:
+        for step in self.later:
+            _rename(self.synced, step)
+        self.later.clear()
+
 
 def after_cut(
     steps: Sequence[Step], keep: Keep, chooser: random.Random
 ) -> dict[Path, dict[str, bytes | None]]:
     """The directories with their names; None is a directory."""
-    files: dict[int, _File] = {}
-    names: dict[Path, _Names] = {}
+    files: dict[int, _File] = defaultdict(_File)
+    names: dict[Path, _Names] = defaultdict(_Names)
     for step in steps:
         match step:
             case Write() | Truncate():
-                files.setdefault(step.inode, _File()).later.append(step)
+                files[step.inode].later.append(step)
             case SyncData():
-                file = files.setdefault(step.inode, _File())
-                for change in file.later:
-                    _apply(file.synced, change)
-                file.later.clear()
+                files[step.inode].sync()
             case Link() | Unlink():
-                names.setdefault(step.directory, _Names()).later.append(step)
+                names[step.directory].later.append(step)
             case SyncDirectory():
-                known = names.setdefault(step.directory, _Names())
-                for name in known.later:
-                    _rename(known.synced, name)
-                known.later.clear()
+                names[step.directory].sync()
     contents = {inode: _content(file, keep, chooser) for inode, file in files.items()}
     left: dict[Path, dict[str, bytes | None]] = {}
     for directory, known in names.items():
@@ -167,9 +172,7 @@ def after_cut(
     return left
 
 
-def materialise(
-    left: dict[Path, dict[str, bytes | None]], *, root: Path, at: Path
-) -> None:
+def materialise(left: dict[Path, dict[str, bytes | None]], *, root: Path, at: Path) -> None:
     """Builds under `at` what is reachable from `root`."""
     for name, content in left.get(root, {}).items():
         if content is None:

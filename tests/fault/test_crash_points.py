@@ -40,6 +40,19 @@ async def test_kill_at(
     assert report.findings == ()
 
 
+async def test_kill_between_the_rows_of_an_append_over_several_segments(
+    make_server: MakeServer,
+) -> None:
+    server, workload = make_server(settings=STANDARD_SETTINGS), Workload()
+    assert await live_until_killed(server, workload, kill_at("wal.after_register", nth=3))
+    torn = [append for append in workload.ledger.appends if append.outcome == "unknown"]
+    assert [len(append.payloads) for append in torn] == [80]
+    await server.start(failpoints={})
+    await workload.check(server)
+    await workload.run(server.client)
+    await workload.check(server)
+
+
 async def live_until_killed(
     server: ServerProcess, workload: Workload, failpoints: Failpoints
 ) -> bool:

@@ -42,10 +42,11 @@ def cut_everywhere(recording: Recording, scratch: Path, *, count: int) -> Survey
         )
 
 
+@pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_power_cut_at_any_instant_keeps_what_was_acknowledged(
-    record_child: Recorder, tmp_path: Path
+    record_child: Recorder, tmp_path: Path, compression: str
 ) -> None:
-    recording = record_child(CHILD, "none")
+    recording = record_child(CHILD, "none", compression)
     result = cut_everywhere(recording, tmp_path / "cuts", count=120)
     assert result.violations == []
     assert result.states >= 80
@@ -53,6 +54,6 @@ def test_power_cut_at_any_instant_keeps_what_was_acknowledged(
 
 @pytest.mark.parametrize("protection", ["fdatasync", "directory"])
 def test_a_missing_sync_is_seen(record_child: Recorder, tmp_path: Path, protection: str) -> None:
-    recording = record_child(CHILD, protection)
+    recording = record_child(CHILD, protection, "none")
     result = cut_everywhere(recording, tmp_path / "cuts", count=20)
     assert result.violations != []

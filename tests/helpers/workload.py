@@ -20,7 +20,7 @@ RECORDS = "application/vnd.bop.records"
 CHUNK_BYTES = 65536
 DATABASE = "/tenants/acme/databases/orders"
 DRAIN_SECONDS = 30.0
-STANDARD_SETTINGS = {"BOP_HOT_CACHE_BYTES": str(4 * CHUNK_BYTES)}
+STANDARD_SETTINGS = {"BOP_HOT_CACHE_BYTES": str(2 * 1024 * 1024)}
 """With a hot cache so small that the workload makes it evict."""
 _LENGTH = struct.Struct("<I")
 
@@ -47,7 +47,8 @@ def unframe(body: bytes) -> list[bytes]:
 class Workload:
     """One client over the lives of a service; `run` may end in Crashed at any request."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, compression: str = "none") -> None:
+        self._compression = compression
         self.ledger = AckLedger()
         self.jobs: dict[str, int] = {}
         """Each checkpoint accepted, to the last LSN acknowledged before it was asked for."""
@@ -59,7 +60,7 @@ class Workload:
         await self.create(client)
         for number in range(6):
             await self.append(client, 3, pad_bytes=1500, keyed=number % 2 == 0)
-        await self.append(client, 40, pad_bytes=4000, keyed=True)
+        await self.append(client, 80, pad_bytes=50_000, keyed=True)
         first = await self.trigger(client)
         await self._append_beside(client)
         await self.wait_job(client, first)
@@ -82,7 +83,11 @@ class Workload:
     # --- single requests
 
     async def create(self, client: httpx.AsyncClient) -> None:
-        body = {"engine": "append_only", "chunk_bytes": CHUNK_BYTES}
+        body = {
+            "engine": "append_only",
+            "chunk_bytes": CHUNK_BYTES,
+            "compression": self._compression,
+        }
         answer = await self._request(client, "PUT", DATABASE, json=body)
         if answer.status_code >= 500:
             raise Crashed(answer.text)

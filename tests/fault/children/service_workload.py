@@ -1,6 +1,6 @@
 """The standard workload on the whole service, with a note of each try and each answer.
 
-The first argument names the protection to take away.
+Arguments: the protection to take away, and the compression of the blobs.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ class NotedWorkload(Workload):
 
 async def main() -> None:
     async with service(ROOT / "data") as client:
-        await NotedWorkload().run(client)
+        await NotedWorkload(compression=sys.argv[2]).run(client)
 
 
 take_away(sys.argv[1])

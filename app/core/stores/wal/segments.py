@@ -1,7 +1,7 @@
 """Segments as the rest of the house and the log itself see them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -66,7 +66,7 @@ class SegmentInfo:
     payload_bytes: int
     file_bytes: int
     line_safe: bool
-    index: IndexArray
+    index: IndexArray = field(compare=False, repr=False)
     state: SegmentState
     summary: SegmentSummary
 

@@ -78,6 +78,7 @@ class WalStore:
 
     async def drop_log(self, db_id: int) -> None:
         """Its directory is gone. What waits in it fails with DatabaseNotFound. Repeatable."""
+        self._loop = asyncio.get_running_loop()
         log = self._logs.pop(db_id, None)
         if log is not None:
             gone = DatabaseNotFound("The database was deleted.", db_id=db_id)

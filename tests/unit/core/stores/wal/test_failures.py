@@ -102,9 +102,7 @@ async def test_an_eio_on_a_full_disk_is_a_full_disk(place: Place, disk: FaultyDi
     assert place.fatal == []
 
 
-async def test_out_of_descriptors_is_no_failure_of_the_disk(
-    place: Place, disk: FaultyDisk
-) -> None:
+async def test_out_of_descriptors_is_no_failure_of_the_disk(place: Place, disk: FaultyDisk) -> None:
     async with place.log() as log:
         disk.fail("create", errno.EMFILE)
         with pytest.raises(NotReady):
@@ -222,9 +220,7 @@ async def test_a_bug_in_the_catalogue_is_fatal(place: Place) -> None:
 
 
 @pytest.mark.parametrize("write_max", [1, 7, 79, 100])
-async def test_short_writes_are_completed(
-    place: Place, disk: FaultyDisk, write_max: int
-) -> None:
+async def test_short_writes_are_completed(place: Place, disk: FaultyDisk, write_max: int) -> None:
     disk.write_max = write_max
     async with place.log() as log:
         await append_together(log, request(b"one"), request(b"x" * 500), request(b""))

@@ -43,9 +43,7 @@ async def test_a_replay_gets_the_first_answer(place: Place) -> None:
 
 async def test_a_replay_waits_for_the_first(place: Place) -> None:
     async with place.log() as log:
-        first, second = await append_together(
-            log, request(b"a", key=b"k"), request(b"a", key=b"k")
-        )
+        first, second = await append_together(log, request(b"a", key=b"k"), request(b"a", key=b"k"))
         assert (first.first_lsn, second.first_lsn) == (1, 1)
         assert (first.replayed, second.replayed) == (False, True)
         assert log.next_lsn == 2

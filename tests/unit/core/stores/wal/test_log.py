@@ -238,6 +238,20 @@ async def test_reopening_goes_on_in_the_open_segment(place: Place) -> None:
     assert len(place.files()) == 1
 
 
+async def test_what_lies_in_a_new_segments_place_is_never_written_to(
+    place: Place, log: WalLog, tmp_path: Path
+) -> None:
+    """It may be a link to the inode of a promoted chunk."""
+    await append(log, b"a")
+    await log.seal()
+    promoted = tmp_path / "chunk"
+    promoted.write_bytes(b"chunk")
+    place.files()[0].with_name(f"{2:016d}.wal").hardlink_to(promoted)
+    await append(log, b"b")
+    assert promoted.read_bytes() == b"chunk"
+    assert read_all(log) == {1: b"a", 2: b"b"}
+
+
 async def test_a_floor_leaves_a_hole_between_segments_only(place: Place, log: WalLog) -> None:
     await append(log, b"a")
     log.raise_floor(100)
@@ -524,7 +538,9 @@ async def test_random_interleavings_keep_every_answer_true(place: Place) -> None
         for _ in range(15):
             records = [b"%d" % next(numbers) * size for _ in range(1 + size % 4)]
             appended = await append(log, *records, per_entry=1)
-            written.update(zip(range(appended.first_lsn, appended.last_lsn + 1), records))
+            written.update(
+                zip(range(appended.first_lsn, appended.last_lsn + 1), records, strict=True)
+            )
             if size == 5:
                 await log.seal()
 

@@ -153,9 +153,7 @@ class LogAgainstList(RuleBasedStateMachine):
     @rule(values=records, part=st.floats(0, 1), flags=st.sampled_from([3, 1]))
     def crash_within_an_append(self, values: list[bytes], part: float, flags: int) -> None:
         """The unacknowledged one is wholly there or wholly absent."""
-        torn = entry(
-            self.next_lsn, *values, durable_lsn=self.next_lsn - 1, flags=EntryFlag(flags)
-        )
+        torn = entry(self.next_lsn, *values, durable_lsn=self.next_lsn - 1, flags=EntryFlag(flags))
         rows = self.place.catalog.of()
         follows = bool(rows) and rows[-1].state == "open" and self.next_lsn - 1 in self.expected
         size = round(len(torn) * part)
