@@ -16,7 +16,14 @@ from tests.conftest import MakeServer
 from tests.fault.scenarios import STANDARD
 from tests.helpers.failpoints import Failpoints, kill_at
 from tests.helpers.server import ServerEnded, ServerProcess
-from tests.helpers.workload import STANDARD_SETTINGS, Crashed, Workload, plant_orphan
+from tests.helpers.workload import (
+    LARGE_COUNT,
+    LARGE_ORDINAL,
+    STANDARD_SETTINGS,
+    Crashed,
+    Workload,
+    plant_orphan,
+)
 
 
 @pytest.mark.parametrize("name", STANDARD)
@@ -40,15 +47,19 @@ async def test_kill_at(
     assert report.findings == ()
 
 
-async def test_kill_between_the_rows_of_an_append_over_several_segments(
-    make_server: MakeServer,
+@pytest.mark.parametrize("name", ["wal.mid_write", "wal.before_register", "wal.after_register"])
+async def test_kill_within_an_append_over_several_segments(
+    name: str, make_server: MakeServer
 ) -> None:
+    """Wholly there or wholly absent, and its key makes the retry safe (I1)."""
     server, workload = make_server(settings=STANDARD_SETTINGS), Workload()
-    assert await live_until_killed(server, workload, kill_at("wal.after_register", nth=3))
+    nth = LARGE_ORDINAL + 2 if name == "wal.mid_write" else 2
+    assert await live_until_killed(server, workload, kill_at(name, nth=nth))
     torn = [append for append in workload.ledger.appends if append.outcome == "unknown"]
-    assert [len(append.payloads) for append in torn] == [80]
+    assert [len(append.payloads) for append in torn] == [LARGE_COUNT]
     await server.start(failpoints={})
     await workload.check(server)
+    assert await workload.retry_unknown(server.client) == 1
     await workload.run(server.client)
     await workload.check(server)
 

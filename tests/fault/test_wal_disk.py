@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from app.core.base.errors import DiskFull
+from app.core.stores.wal.log import NewSegment
 from tests.fault.conftest import requires_strace
 from tests.fault.test_wal_kill import ROOT, check, numbers
 from tests.unit.core.stores.wal.builders import Place, append, append_together, read_all, request
@@ -122,7 +123,8 @@ def test_a_write_that_the_kernel_cuts_short_and_then_refuses(tmp_path: Path) -> 
     place = Place(root=tmp_path / "wal")
     (path,) = place.files()
     assert path.stat().st_size == limit_bytes
-    place.catalog.register_blocking(db_id=7, segment_id=1, first_lsn=1, ceiling_lsn=10_000)
+    row = NewSegment(segment_id=1, first_lsn=1, ceiling_lsn=10_000)
+    place.catalog.register_blocking(db_id=7, segments=[row])
 
     async def recover() -> None:
         async with place.log(chunk_bytes=1 << 20) as log:

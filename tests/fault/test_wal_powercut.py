@@ -181,7 +181,7 @@ async def look(
         remembered = [log._keyed._remembered.get(key) for key in KEYS]
     if any(append is not None and append.last_lsn >= next_lsn for append in remembered):
         return "a key of an append that is not there"
-    return judge(recording, notes, held)
+    return judge(recording, notes, held, next_lsn)
 
 
 def build(
@@ -192,7 +192,9 @@ def build(
     materialise(after_cut(steps, keep, chooser), root=recording.root, at=scratch)
 
 
-def judge(recording: Recording, notes: list[object], held: dict[int, bytes]) -> str | None:
+def judge(
+    recording: Recording, notes: list[object], held: dict[int, bytes], next_lsn: int
+) -> str | None:
     removed = max((note.last_lsn for note in notes if isinstance(note, Removed)), default=0)
     acknowledged: dict[int, bytes] = {}
     for note in notes:
@@ -207,7 +209,7 @@ def judge(recording: Recording, notes: list[object], held: dict[int, bytes]) -> 
         if recording.written.get(lsn) != record and not (unknown and record.startswith(b"never")):
             return "records out of nowhere"
     kept = [lsn for lsn in held if lsn > removed]
-    if kept != list(range(removed + 1, removed + 1 + len(kept))):
+    if held and kept != list(range(removed + 1, next_lsn)):
         return "a hole"
     for first, last in recording.requests:
         present = sum(lsn in held for lsn in range(first, last + 1))

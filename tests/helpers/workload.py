@@ -19,6 +19,10 @@ from tests.helpers.wait import wait_until
 RECORDS = "application/vnd.bop.records"
 CHUNK_BYTES = 65536
 DATABASE = "/tenants/acme/databases/orders"
+LARGE_COUNT = 80
+"""Records of the one large append: 4 MB are several entries, each in a segment of its own."""
+LARGE_ORDINAL = 6
+"""The appends before it."""
 DRAIN_SECONDS = 30.0
 STANDARD_SETTINGS = {"BOP_HOT_CACHE_BYTES": str(2 * 1024 * 1024)}
 """With a hot cache so small that the workload makes it evict."""
@@ -47,8 +51,9 @@ def unframe(body: bytes) -> list[bytes]:
 class Workload:
     """One client over the lives of a service; `run` may end in Crashed at any request."""
 
-    def __init__(self, *, compression: str = "none") -> None:
+    def __init__(self, *, compression: str = "none", large_count: int = LARGE_COUNT) -> None:
         self._compression = compression
+        self._large_count = large_count
         self.ledger = AckLedger()
         self.jobs: dict[str, int] = {}
         """Each checkpoint accepted, to the last LSN acknowledged before it was asked for."""
@@ -58,9 +63,9 @@ class Workload:
     async def run(self, client: httpx.AsyncClient) -> None:
         """About a second of work; may be run again on the same database."""
         await self.create(client)
-        for number in range(6):
+        for number in range(LARGE_ORDINAL):
             await self.append(client, 3, pad_bytes=1500, keyed=number % 2 == 0)
-        await self.append(client, 80, pad_bytes=50_000, keyed=True)
+        await self.append(client, self._large_count, pad_bytes=50_000, keyed=True)
         first = await self.trigger(client)
         await self._append_beside(client)
         await self.wait_job(client, first)

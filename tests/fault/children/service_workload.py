@@ -14,6 +14,8 @@ from tests.fault.children.service_in_process import service
 from tests.helpers.ledger import Append
 from tests.helpers.workload import Workload
 
+LARGE_COUNT = 8  # the WAL's own power-cut test has the append over several segments
+
 
 class NotedWorkload(Workload):
     async def create(self, client: httpx.AsyncClient) -> None:
@@ -37,7 +39,7 @@ class NotedWorkload(Workload):
 
 async def main() -> None:
     async with service(ROOT / "data") as client:
-        await NotedWorkload(compression=sys.argv[2]).run(client)
+        await NotedWorkload(compression=sys.argv[2], large_count=LARGE_COUNT).run(client)
 
 
 take_away(sys.argv[1])

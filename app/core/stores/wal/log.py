@@ -37,6 +37,7 @@ from app.core.stores.wal.requests import Appended, AppendRequest, EntryPayload, 
 from app.core.stores.wal.segments import (
     CatalogSegment,
     LogConfig,
+    NewSegment,
     SegmentCatalog,
     SegmentInfo,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "Health",
     "LogConfig",
     "MemoryPayload",
+    "NewSegment",
     "PinnedSegment",
     "RememberedAppend",
     "SegmentCatalog",

@@ -93,15 +93,26 @@ class SegmentInfo:
         return _ENGINE_NAMES[self.engine]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSegment:
+    """A segment whose file is durable and whose row is to be written."""
+
+    segment_id: int
+    first_lsn: int
+    ceiling_lsn: int
+
+
 class SegmentCatalog(Protocol):
     """The durable list of segments (the manifest). Called on writer threads.
 
     An error that is no FatalError says that nothing was written.
     """
 
-    def register_blocking(
-        self, *, db_id: int, segment_id: int, first_lsn: int, ceiling_lsn: int
-    ) -> None: ...
+    def register_blocking(self, *, db_id: int, segments: Sequence[NewSegment]) -> None:
+        """All of them in one commit: a request may span several. One that is open already may
+        raise its ceiling.
+        """
+        ...
 
     def seal_blocking(self, info: SegmentInfo) -> None:
         """Said again with the same values it changes nothing."""

@@ -28,6 +28,7 @@ from app.core.stores.wal.disk import Buffer, Disk
 from app.core.stores.wal.failure import judge_write
 from app.core.stores.wal.planning import GroupPlan, Run
 from app.core.stores.wal.segments import (
+    NewSegment,
     Segment,
     SegmentCatalog,
     SegmentInfo,
@@ -215,29 +216,27 @@ class LogWriter:
             self._sync_directory(self._directory)
 
     def _register(self, targets: Sequence[tuple[Segment, Run]]) -> None:
-        """Rows after the data: then recovery never finds a row whose file it would have to cut,
-        but for a request over three segments and a crash between the rows of its last two.
+        """Rows after the data, and all at once: no crash leaves a row whose segment is to be cut
+        whole.
         """
-        registered = False
+        new = [
+            NewSegment(
+                segment_id=run.segment_id, first_lsn=segment.first_lsn, ceiling_lsn=run.ceiling_lsn
+            )
+            for segment, run in targets
+            if run.ceiling_lsn > segment.ceiling_lsn
+        ]
+        if not new:
+            return
+        failpoints.fp("wal.before_register")
+        try:
+            self._catalog.register_blocking(db_id=self._db_id, segments=new)
+        except BopError:
+            self._take_back(targets)
+            raise
+        failpoints.fp("wal.after_register")
         for segment, run in targets:
-            if run.ceiling_lsn <= segment.ceiling_lsn:
-                continue
-            failpoints.fp("wal.before_register")
-            try:
-                self._catalog.register_blocking(
-                    db_id=self._db_id,
-                    segment_id=run.segment_id,
-                    first_lsn=segment.first_lsn,
-                    ceiling_lsn=run.ceiling_lsn,
-                )
-            except BopError as error:
-                if registered:  # half of the group is in the catalogue: nothing can be taken back
-                    raise StorageFailure("A segment of several was refused.") from error
-                self._take_back(targets)
-                raise
-            registered = True
-            segment.ceiling_lsn = run.ceiling_lsn
-            failpoints.fp("wal.after_register")
+            segment.ceiling_lsn = max(segment.ceiling_lsn, run.ceiling_lsn)
 
     def _take_back(self, targets: Sequence[tuple[Segment, Run]]) -> None:
         """As if the group had never been. Durably, so that what was answered with an error cannot
