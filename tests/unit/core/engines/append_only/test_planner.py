@@ -52,7 +52,7 @@ def plan(*segments: SegmentView, chunks=(), **changes) -> CheckpointPlan | None:
             segments=segments,
             checkpoint_id="0000000001-000003-01J",
             epoch=3,
-        )  # fmt: skip
+        )
     )
 
 
