@@ -3,18 +3,19 @@
 Nothing else creates a component. Order is bottom up; closing is the exact reverse.
 """
 
+import asyncio
 import fcntl
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from app.core.base.clock import Clock, Randomness, SystemClock, SystemRandomness
 from app.core.base.errors import OwnershipLost, StartRefused
-from app.core.base.events import Events
+from app.core.base.events import Events, Level
 from app.core.base.ids import new_ulid
 from app.core.base.tasks import BlockingPool
 from app.core.checkpoint.executor import CheckpointExecutor, CheckpointLimits, CheckpointParts
@@ -46,6 +47,7 @@ from app.core.services.recovery import RecoverReport, recover_databases
 from app.core.services.states import States
 from app.core.stores.local.hot_cache import HotCache
 from app.core.stores.local.scratch import ScratchStore
+from app.core.stores.manifest.environment import fsync_path_blocking
 from app.core.stores.manifest.ops import DropForeignLeases, ManifestBatch
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.remote.open import RemoteOptions, open_remote
@@ -54,6 +56,7 @@ from app.core.stores.wal.store import WalStore
 from app.core.workers.janitor import ScratchJanitor
 from app.core.workers.job_loop import JobLoop
 from app.core.workers.prefix_claim import PrefixClaim
+from app.core.workers.pruning import Pruning
 from app.core.workers.supervisor import Supervisor
 from app.core.workers.wal_sweep import WalSweep
 from app.settings import Settings
@@ -96,11 +99,39 @@ class Gauges:
     page_cache_bytes: Callable[[], float]
 
 
+class RemoteHealth:
+    """An event sink: the remote store counts as failing after some requests in a row that did."""
+
+    FAILURES_MAX = 3
+
+    def __init__(self) -> None:
+        self._failures = 0
+
+    @property
+    def failing(self) -> bool:
+        return self._failures >= self.FAILURES_MAX
+
+    def __call__(self, name: str, level: Level, fields: Mapping[str, object]) -> None:
+        del level
+        if name == "remote.requested":
+            outcome = fields.get("outcome")
+            if outcome == "ok":
+                self._failures = 0
+            elif outcome == "error":
+                self._failures += 1
+
+
 class Container:
     """What the HTTP edge sees of the service."""
 
     def __init__(
-        self, services: Services, gauges: Gauges, *, claim: PrefixClaim, job_loop: JobLoop
+        self,
+        services: Services,
+        gauges: Gauges,
+        *,
+        claim: PrefixClaim,
+        job_loop: JobLoop,
+        events: Events,
     ) -> None:
         self.services = services
         self.gauges = gauges
@@ -108,11 +139,12 @@ class Container:
         self._job_loop = job_loop
         self._stopping = False
         self._failure: str | None = None
-        self.degraded: set[str] = set()
+        self._remote_health = RemoteHealth()
+        events.subscribe(self._remote_health)
 
     def readiness(self) -> Readiness:
         """Ready once recovered and the prefix was claimed; a later remote outage only degrades."""
-        degraded = sorted(self.degraded)
+        degraded = ["remote"] if self._claim.claimed and self._remote_health.failing else []
         if self._failure is not None:
             return Readiness(status="failed", reasons=[self._failure], degraded=degraded)
         if self._stopping:
@@ -289,7 +321,11 @@ async def open_container(
                     manifest,
                     directory,
                     RecordReader(
-                        remote=claim.remote, hot_cache=hot_cache, pool=ground.pool, events=events
+                        remote=claim.remote,
+                        hot_cache=hot_cache,
+                        pool=ground.pool,
+                        events=events,
+                        clock=clock,
                     ),
                     record_bytes_max=settings.max_record_bytes,
                 ),
@@ -327,11 +363,18 @@ async def open_container(
             ),
             claim=claim,
             job_loop=job_loop,
+            events=events,
         )
         supervisor = await stack.enter_async_context(
             Supervisor(clock=clock, events=events, on_fatal=on_fatal)
         )
-        for worker in (claim, janitor, WalSweep(release, clock=clock, events=events), job_loop):
+        for worker in (
+            claim,
+            janitor,
+            WalSweep(release, clock=clock, events=events),
+            Pruning(manifest, clock=clock, events=events, jobs_max=settings.job_history_count),
+            job_loop,
+        ):
             supervisor.start(worker)
         stack.push_async_callback(job_loop.drain, seconds=settings.shutdown_seconds)
         try:
@@ -384,7 +427,7 @@ async def _open_ground(
 ) -> _Ground:
     clock, randomness = SystemClock(), SystemRandomness()
     process_id = new_ulid(clock, randomness)
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    await asyncio.to_thread(_make_data_directory_blocking, settings.data_dir)
     stack.enter_context(_DataDirectoryLock(settings.data_dir))
     manifest = await ManifestStore.open(
         settings.data_dir / "manifest",
@@ -445,6 +488,15 @@ def remote_options(settings: Settings) -> RemoteOptions:
 
 def _raise_fatal(error: BaseException) -> None:
     raise error
+
+
+def _make_data_directory_blocking(path: Path) -> None:
+    """Its name is durable on return: without that a power cut could take all that is in it (I1)."""
+    made = [each for each in path.absolute().parents if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in (path.absolute(), *made):
+        with suppress(PermissionError):  # a parent that we may not read, we have not made
+            fsync_path_blocking(each.parent)
 
 
 class _DataDirectoryLock:

@@ -1,9 +1,11 @@
 """Joins the WAL store to the manifest: segment rows are written where segments are made."""
 
+from collections.abc import Sequence
+
 from app.core.stores.manifest.ops import ManifestBatch, RegisterSegment, SealSegment
 from app.core.stores.manifest.records import WalSegmentRecord
 from app.core.stores.manifest.store import ManifestStore
-from app.core.stores.wal.segments import SegmentInfo
+from app.core.stores.wal.segments import NewSegment, SegmentInfo
 
 
 class ManifestSegmentCatalog:
@@ -12,15 +14,19 @@ class ManifestSegmentCatalog:
     def __init__(self, manifest: ManifestStore) -> None:
         self._manifest = manifest
 
-    def register_blocking(
-        self, *, db_id: int, segment_id: int, first_lsn: int, ceiling_lsn: int
-    ) -> None:
-        row = WalSegmentRecord(
-            db_id=db_id, segment_id=segment_id, first_lsn=first_lsn, ceiling_lsn=ceiling_lsn
+    def register_blocking(self, *, db_id: int, segments: Sequence[NewSegment]) -> None:
+        ops = tuple(
+            RegisterSegment(
+                row=WalSegmentRecord(
+                    db_id=db_id,
+                    segment_id=segment.segment_id,
+                    first_lsn=segment.first_lsn,
+                    ceiling_lsn=segment.ceiling_lsn,
+                )
+            )
+            for segment in segments
         )
-        self._manifest.commit_blocking(
-            ManifestBatch(ops=(RegisterSegment(row=row),), reason="wal.registered", db_id=db_id)
-        )
+        self._manifest.commit_blocking(ManifestBatch(ops=ops, reason="wal.registered", db_id=db_id))
 
     def seal_blocking(self, info: SegmentInfo) -> None:
         self._manifest.commit_blocking(

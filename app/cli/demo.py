@@ -203,7 +203,6 @@ def show_report(screen: Screen, report: Report) -> None:
             Column(name="SIZE", right=True),
             Column(name="TIME", right=True),
             Column(name="RATE", right=True),
-            Column(name="WHAT"),
         ],
         [
             [
@@ -211,7 +210,6 @@ def show_report(screen: Screen, report: Report) -> None:
                 "-" if step.bytes is None else bytes_text(step.bytes),
                 seconds_text(step.seconds),
                 "-" if step.bytes is None else rate_text(step.bytes, step.seconds),
-                step.note,
             ]
             for step in report.steps
         ],

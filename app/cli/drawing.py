@@ -12,7 +12,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from app.cli.screen import Column, Meter
 
-PIPED_WIDTH = 10_000
+UNBOUNDED_WIDTH = 10_000
 
 
 def draw_line(stream: TextIO, markup: str) -> None:
@@ -25,7 +25,8 @@ def draw_table(stream: TextIO, columns: "Sequence[Column]", rows: Sequence[Seque
         table.add_column(column.name, justify="right" if column.right else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
-    console_of(stream).print(table)
+    # a narrow terminal wraps the lines; rich would leave out whole columns
+    Console(file=stream, width=UNBOUNDED_WIDTH).print(table)
 
 
 def draw_facts(stream: TextIO, facts: Mapping[str, str]) -> None:
@@ -58,4 +59,4 @@ def console_of(stream: TextIO) -> Console:
     """Made when needed: the standard streams may have been replaced since. What is piped is not
     cut to the width of a terminal.
     """
-    return Console(file=stream, width=None if stream.isatty() else PIPED_WIDTH)
+    return Console(file=stream, width=None if stream.isatty() else UNBOUNDED_WIDTH)

@@ -51,6 +51,7 @@ class Metrics:
             "job.retrying": self._on_job_retrying,
             "quota.exhausted": lambda _: self.storage_quota_exhausted_total.inc(),
             "page.fetched": self._on_page_fetched,
+            "read.served": self._on_page_fetched,
             "remote.requested": self._on_remote_requested,
             "manifest.committed": self._on_manifest_committed,
             "manifest.map_full": lambda _: self.manifest_write_errors_total.inc(),

@@ -14,7 +14,7 @@ from tests.helpers.failpoints import read_trace
 from tests.helpers.launch import ForkServer
 from tests.helpers.powercut import Recording, record
 from tests.helpers.server import ServerProcess
-from tests.helpers.workload import Workload
+from tests.helpers.workload import STANDARD_SETTINGS, Workload, plant_orphan
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -49,10 +49,13 @@ async def standard_hits(
     """
     directory = tmp_path_factory.mktemp("reference")
     trace = directory / "trace"
-    server = ServerProcess(directory / "data", launcher=fork_server, trace=trace)
+    server = ServerProcess(
+        directory / "data", launcher=fork_server, settings=STANDARD_SETTINGS, trace=trace
+    )
     workload = Workload()
     try:
         for _ in range(2):
+            plant_orphan(server.data_dir)
             await server.start()
             await workload.run(server.client)
             assert await server.terminate() == 0, server.log_tail()

@@ -55,7 +55,7 @@ async def test_settings_are_read_in_the_fork(make_server: MakeServer) -> None:
 async def test_failpoints_are_armed_in_the_fork_only(make_server: MakeServer) -> None:
     armed, plain = make_server("armed"), make_server("plain")
     with pytest.raises(ServerEnded, match="exit -9"):
-        await armed.start(failpoints=kill_at("manifest.before_commit"))
+        await armed.start(failpoints=kill_at("manifest.before_create_rename"))
     await plain.start()
     await armed.start(failpoints={})
 

@@ -18,12 +18,14 @@ servers in other processes (`in_thread`); rules may be added from any thread.
 import asyncio
 import contextlib
 import re
+import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Self
 
 PIECE_BYTES = 64 * 1024
+RECEIVE_BUFFER_BYTES = 256 * 1024
 HEAD_BYTES_MAX = 64 * 1024
 
 
@@ -115,7 +117,9 @@ class Stall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blackhole:
-    """Takes the request, never passes it on, never answers. `read`: whether the body is read."""
+    """Takes the request, never passes it on, never answers. Without `read` the body is left in
+    the socket, so that the sender's buffers fill up.
+    """
 
     read: bool = True
 
@@ -283,7 +287,11 @@ class FaultProxy:
     # --- the plumbing -------------------------------------------------------------------------
 
     async def _open(self) -> None:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        listener = socket.socket()
+        # Small, or the kernel swallows tens of MiB that nobody reads and no sender ever stalls.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+        listener.bind(("127.0.0.1", 0))
+        self._server = await asyncio.start_server(self._accept, sock=listener)
 
     async def _aclose(self) -> None:
         assert self._server is not None
@@ -331,8 +339,9 @@ class FaultProxy:
         """False: the client's connection is used up."""
         match action:
             case Blackhole(read=read):
-                if read:
-                    await _drain(_body(reader, head))
+                if not read:
+                    await asyncio.Event().wait()  # until the proxy ends
+                await _drain(_body(reader, head))
                 await _until_gone(reader)
                 return False
             case Answer():

@@ -24,7 +24,7 @@ DEFAULTS: Mapping[str, str] = {
     "BOP_CHECKPOINT_INTERVAL_SECONDS": "0",
     "BOP_MANIFEST_MAP_BYTES": str(256 * 1024 * 1024),
     "BOP_JOB_BACKOFF_BASE_SECONDS": "0.05",
-    "BOP_LOG_LEVEL": "debug",
+    "BOP_LOG_LEVEL": "info",
 }
 """Quiet and quick: checkpoints only on demand, retries without long waits."""
 
@@ -180,7 +180,11 @@ class ServerProcess:
 
     async def aclose(self) -> None:
         if self.is_running:
-            await self.kill9()
+            if "COVERAGE_PROCESS_CONFIG" in os.environ:  # what ran is written at an orderly end
+                self.resume()
+                await self.terminate()
+            else:
+                await self.kill9()
         if self._client is not None:
             await self._client.aclose()
             self._client = None

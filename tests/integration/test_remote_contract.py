@@ -1,7 +1,11 @@
 """The remote store on a real S3: the contract, and what only S3 can get wrong."""
 
 import asyncio
+import contextlib
 import os
+import shutil
+import ssl
+import subprocess
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -140,6 +144,58 @@ async def test_a_missing_permission_is_named(
     async with opened_remote(f"s3://{bucket}", options) as store:
         with pytest.raises(RemoteMisconfigured, match="s3:PutObject"):
             await store.put_blob("a", bytes_body(b"x"))
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A self-signed certificate for localhost, and its key."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not installed")
+    made, key = tmp_path / "ca.pem", tmp_path / "key.pem"
+    subprocess.run(
+        [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+         "-nodes", "-keyout", key, "-out", made, "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return made, key
+
+
+async def test_tls_with_a_ca_of_ones_own(
+    seaweed: SeaweedS3, bucket: str, tmp_path: Path, certificate: tuple[Path, Path]
+) -> None:
+    """The endpoint's certificate is checked against BOP_S3_CA_FILE, and refused without it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    body = file_body(tmp_path / "file", os.urandom(5 * MIB))
+    async with tls_before(seaweed, context) as endpoint:
+        options = RemoteOptions(endpoint_url=endpoint, addressing="path", ca_file=certificate[0])
+        async with opened_remote(f"s3://{bucket}", options) as store:
+            await store.put_blob("blob", body)
+            assert await store.get_blob("blob") == body.path.read_bytes()
+        options = RemoteOptions(endpoint_url=endpoint, addressing="path")
+        async with opened_remote(f"s3://{bucket}", options) as store:
+            with pytest.raises(RemoteMisconfigured, match="BOP_S3_CA_FILE"):
+                await store.head_blob("blob")
+
+
+@contextlib.asynccontextmanager
+async def tls_before(seaweed: SeaweedS3, context: ssl.SSLContext) -> AsyncIterator[str]:
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            while data := await reader.read(MIB):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", seaweed.port)
+        await asyncio.gather(pump(reader, up_writer), pump(up_reader, writer))
+
+    server = await asyncio.start_server(serve, "localhost", 0, ssl=context)
+    async with server:
+        yield f"https://localhost:{server.sockets[0].getsockname()[1]}"
 
 
 async def test_an_upload_holds_pieces_not_the_file(store: RemoteStore, tmp_path: Path) -> None:

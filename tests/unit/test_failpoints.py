@@ -163,4 +163,3 @@ async def test_pause_holds_the_caller_until_told(arm: Arm, tmp_path: Path) -> No
 def test_a_misspelt_rule_is_refused(arm: Arm, rule: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"a\.before_b"):
         arm({"a.before_b": rule})
-

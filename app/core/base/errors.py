@@ -52,7 +52,8 @@ class BopError(Exception):
     @property
     def advice(self) -> str:
         """The detail, and what to do next where that is known."""
-        return f"{self.detail} {self.hint}".strip() if self.hint else self.detail
+        told = self.detail if self.detail.endswith((".", "!", "?")) else f"{self.detail}."
+        return f"{told} {self.hint}" if self.hint else told
 
 
 # --- malformed bodies -------------------------------------------------------------------------

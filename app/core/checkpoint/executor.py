@@ -158,6 +158,7 @@ class CheckpointExecutor:
 
     async def _run(self, hold: JobHold) -> Mapping[str, Any]:
         if hold.job.published_generation is not None:
+            await self._clean_up(hold)  # a power cut may have brought the scratch back
             return await self._finish(hold)
         started = self._parts.clock.monotonic()
         self._parts.events.info("checkpoint.started", **_fields(hold.job))

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from app.core.base.errors import InvariantViolation
+from app.core.formats.chunk import log_container_bytes_max
 from app.core.stores.manifest.records import (
     ChunkDeltaRecord,
     ChunkRecord,
@@ -128,7 +129,13 @@ class CheckpointPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def staged_bytes_max(self) -> int:
         """What staging may hold in scratch at most."""
-        return sum(action.staged_bytes_max for action in self.actions)
+        packed = self.codec != "none"
+        return sum(
+            log_container_bytes_max(action.staged_bytes_max)
+            if packed and isinstance(action, SealAsBase)
+            else action.staged_bytes_max
+            for action in self.actions
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

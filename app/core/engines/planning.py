@@ -16,6 +16,8 @@ def plan_checkpoint(context: PlannerContext) -> CheckpointPlan | None:
     """Plans by the engine that the WAL segments name in their headers; all must agree with the
     database. Raises InvariantViolation otherwise.
     """
+    if not context.segments:
+        return None
     engine = context.database.engine
     if any(segment.engine != engine for segment in context.segments):
         raise InvariantViolation(

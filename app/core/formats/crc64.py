@@ -1,8 +1,8 @@
 """CRC-64/NVME, the checksum that S3 keeps of whole objects (`x-amz-checksum-crc64nvme`).
 
-Catalogue of parametrised CRC algorithms: width 64, polynomial 0xad93d23594c93659, reflected, initial
-value and final XOR all ones; the check value of `123456789` is 0xae8b14860a799888. awscrt computes
-it with carry-less multiplication, some tens of GB/s.
+Catalogue of parametrised CRC algorithms: width 64, polynomial 0xad93d23594c93659, reflected,
+initial value and final XOR all ones; the check value of `123456789` is 0xae8b14860a799888. awscrt
+computes it with carry-less multiplication, some tens of GB/s, over any contiguous buffer, uncopied.
 """
 
 import base64

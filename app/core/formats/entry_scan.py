@@ -19,6 +19,7 @@ from app.core.formats.segment import (
 
 # magic, type, flags, version, first LSN, count, payload bytes; CRC at the end of the header
 _FIELDS = struct.Struct("<4sBBHQII48xQ")
+_RECORDS = int(EntryType.RECORDS)
 _CHECKED_BYTES = ENTRY_HEADER_BYTES - 8
 assert _FIELDS.size == ENTRY_HEADER_BYTES
 
@@ -46,7 +47,7 @@ def scan_record_entries(data: bytes | memoryview, *, first_lsn: int) -> list[Ent
         if start > size:
             raise Damage("entry header is cut off", offset=at)
         magic, kind, flags, version, entry_lsn, count, payload_bytes, stored = unpack(view, at)
-        if magic != ENTRY_MAGIC or version != VERSION or kind != EntryType.RECORDS or flags > 15:
+        if magic != ENTRY_MAGIC or version != VERSION or kind != _RECORDS or flags > 15:
             raise Damage("no entry of records of a known version", offset=at)
         if payload_bytes > ENTRY_PAYLOAD_BYTES_MAX or count == 0:
             raise Damage("entry of an impossible size", offset=at)

@@ -69,7 +69,9 @@ class SingleRecordFramer:
 class LineFramer:
     """`application/x-ndjson`: each line, without its newline, is a record."""
 
-    def __init__(self, *, record_bytes_max: int, entry_target_bytes: int = ENTRY_TARGET_BYTES):
+    def __init__(
+        self, *, record_bytes_max: int, entry_target_bytes: int = ENTRY_TARGET_BYTES
+    ) -> None:
         self._max = record_bytes_max
         self._target = entry_target_bytes
         self._tail: list[bytes] = []  # the unfinished line's pieces
@@ -126,7 +128,9 @@ class LineFramer:
 class LengthPrefixedFramer:
     """`application/vnd.bop.records`: stored as it comes, cut at record boundaries."""
 
-    def __init__(self, *, record_bytes_max: int, entry_target_bytes: int = ENTRY_TARGET_BYTES):
+    def __init__(
+        self, *, record_bytes_max: int, entry_target_bytes: int = ENTRY_TARGET_BYTES
+    ) -> None:
         self._max = record_bytes_max
         self._target = entry_target_bytes
         self._pending = bytearray()  # whole records up to _whole, then an unfinished one

@@ -1,6 +1,6 @@
 """The standard workload on the whole service, with a note of each try and each answer.
 
-The first argument names the protection to take away.
+Arguments: the protection to take away, and the compression of the blobs.
 """
 
 import asyncio
@@ -13,6 +13,8 @@ from tests.fault.children.protections import take_away
 from tests.fault.children.service_in_process import service
 from tests.helpers.ledger import Append
 from tests.helpers.workload import Workload
+
+LARGE_COUNT = 8  # the WAL's own power-cut test has the append over several segments
 
 
 class NotedWorkload(Workload):
@@ -37,7 +39,7 @@ class NotedWorkload(Workload):
 
 async def main() -> None:
     async with service(ROOT / "data") as client:
-        await NotedWorkload().run(client)
+        await NotedWorkload(compression=sys.argv[2], large_count=LARGE_COUNT).run(client)
 
 
 take_away(sys.argv[1])

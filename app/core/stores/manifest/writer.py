@@ -152,6 +152,7 @@ class ManifestWriter:
     def _commit(self, group: list[Waiting]) -> None:
         """Answers every batch of the group, or raises what ends the writer."""
         self._before_group()
+        started = self._clock.monotonic()
         failpoints.fp("manifest.before_apply")
         try:
             outcomes = self._commit_together(group)
@@ -172,6 +173,8 @@ class ManifestWriter:
             outcomes = [DiskFull(failure.detail) for _ in group]
         else:
             failpoints.fp("manifest.after_commit")
+            seconds = self._clock.monotonic() - started
+            self._events.debug("manifest.committed", batches=len(group), seconds=seconds)
         _settle(list(zip(group, outcomes, strict=True)))
 
     def _commit_together(self, group: Sequence[Waiting]) -> list[Outcome]:

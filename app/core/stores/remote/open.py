@@ -93,8 +93,8 @@ async def open_remote(
     randomness: Randomness,
     events: Events,
 ) -> RemoteStore:
-    """Closed with the stack. Makes no request: `probe` does. Raises StartRefused for a URL that
-    cannot be one, RemoteUnavailable where a directory cannot be made.
+    """Closed with the stack. Asks the store nothing: `probe` does. Raises StartRefused for a URL
+    that cannot be one, RemoteUnavailable where a directory cannot be made.
     """
     place = parse_remote_url(url)
     pool = BlockingPool("bop-remote", threads=THREADS)

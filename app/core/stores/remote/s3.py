@@ -75,7 +75,7 @@ class S3RemoteStore:
 
     @classmethod
     async def open(cls, options: S3Options, *, retrier: Retrier, pool: BlockingPool) -> Self:
-        """Makes no request; `probe` finds out whether the endpoint serves."""
+        """Asks the store nothing, `probe` does; the SDK may fetch credentials."""
         async with AsyncExitStack() as stack:
             client = await open_client(stack, options)
             return cls(client, options, retrier=retrier, pool=pool, closing=stack.pop_all())

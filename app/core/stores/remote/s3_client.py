@@ -56,7 +56,7 @@ class _SingleAttemptSession(AIOHTTPSession):  # type: ignore[misc]  # aiobotocor
 
 
 async def open_client(stack: AsyncExitStack, options: S3Options) -> Any:
-    """Makes no request. The client is closed with the stack."""
+    """The client is closed with the stack. Credentials come by the SDK's own chain, here."""
     session = get_session()
     region = options.region or session.get_config_variable("region")
     config = AioConfig(

@@ -113,7 +113,9 @@ def map_error(error: BaseException, *, op: str, effect: Effect, key: str) -> Bop
         case boto.FlexibleChecksumError():
             return CorruptBlob("The object's bytes do not match the store's checksum.", key=key)
         case boto.NoCredentialsError() | boto.PartialCredentialsError():
-            return RemoteMisconfigured("The SDK's chain finds no credentials.", **fields)
+            return RemoteMisconfigured(
+                "The SDK's own chain found no credentials when the service started.", **fields
+            )
         case boto.NoRegionError() | boto.InvalidRegionError():
             return RemoteMisconfigured("No usable region: set BOP_S3_REGION.", **fields)
         case boto.SSLError():

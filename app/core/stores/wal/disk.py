@@ -13,8 +13,8 @@ Buffer = bytes | memoryview
 
 
 class Disk(Protocol):
-    def make_directory(self, path: Path) -> bool:
-        """True if it was not there. Its name is durable once the parent was synced."""
+    def make_directory(self, path: Path) -> None:
+        """It may be there. Its name is durable once the parent was synced."""
         ...
 
     def remove_directory(self, path: Path) -> None: ...
@@ -55,12 +55,8 @@ class Disk(Protocol):
 
 
 class SystemDisk:
-    def make_directory(self, path: Path) -> bool:
-        try:
-            path.mkdir()
-        except FileExistsError:
-            return False
-        return True
+    def make_directory(self, path: Path) -> None:
+        path.mkdir(exist_ok=True)
 
     def remove_directory(self, path: Path) -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -39,6 +39,7 @@ from app.core.stores.wal.requests import Appended, AppendRequest, EntryPayload, 
 from app.core.stores.wal.segments import (
     CatalogSegment,
     LogConfig,
+    NewSegment,
     SegmentCatalog,
     SegmentInfo,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "Health",
     "LogConfig",
     "MemoryPayload",
+    "NewSegment",
     "PinnedSegment",
     "RememberedAppend",
     "SegmentCatalog",

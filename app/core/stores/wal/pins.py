@@ -1,7 +1,7 @@
 """What a reader holds on to while it reads (I4). Loop-confined."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,7 +19,7 @@ class PinnedSegment:
     first_lsn: int
     durable_last_lsn: int
     entries_end: int
-    index: IndexArray
+    index: IndexArray = field(compare=False, repr=False)
     sealed: bool
     line_safe: bool
 

@@ -142,9 +142,13 @@ class _Recovery:
 
     def _take(self, row: CatalogSegment) -> None:
         path = self._directory / segment_name(row.segment_id)
-        if self._tail is not None and self._tail.stop is not None:
-            # This row was written only after the segment before had been synced.
-            raise _Corrupt(self._tail.segments[-1].segment_id, self._tail.stop)
+        tail = self._tail
+        if tail is not None and tail.stop is not None:
+            # This row was written only after the segment before had been synced: of that, nothing
+            # but its sealing can have been broken off.
+            if not tail.goes_on_at(row.first_lsn):
+                raise _Corrupt(tail.segments[-1].segment_id, tail.stop)
+            self._found.to_cut.append(tail.segments[-1])
         fd = self._disk.open(path, writable=False)
         try:
             reader = SegmentReader(self._disk, fd)
@@ -201,7 +205,7 @@ class _Recovery:
                 self._found.segments.append(_sealed_segment(info, ceiling_lsn=row.ceiling_lsn))
                 self._found.unsealed.append(self._found.segments[-1])
                 return
-            tail.look_for_claims(reader)
+            tail.look_behind(reader, db_id=self._config.db_id)
         self._tail = tail
 
     def _if_sealed(
@@ -272,7 +276,7 @@ class _Recovery:
         found, tail = self._found, self._tail
         found.health = "corrupt_wal"
         found.damage, found.damaged_segment_id = str(corrupt), corrupt.segment_id
-        found.unsealed = []
+        found.unsealed, found.to_cut = [], []
         if tail is None or tail.boundary is None:
             return
         for position, segment in enumerate(tail.segments[: tail.boundary.position + 1]):

@@ -64,6 +64,12 @@ class SegmentReader:
         summary, index = parse_directory(self._tail(summary.directory_bytes))
         return summary, index.copy()
 
+    def rest(self, offset: int, *, length_max: int) -> bytes | None:
+        """All bytes from `offset` to the end of the file; None if they are more."""
+        if self.size - offset > length_max:
+            return None
+        return self._disk.read(self._fd, self.size - offset, offset)
+
     def entry(self, offset: int, *, end: int) -> EntryHeader:
         """The intact entry at `offset`. Raises Damage."""
         data, place = self.at(offset, ENTRY_HEADER_BYTES)

@@ -1,7 +1,7 @@
 """Segments as the rest of the house and the log itself see them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -67,7 +67,7 @@ class SegmentInfo:
     payload_bytes: int
     file_bytes: int
     line_safe: bool
-    index: IndexArray
+    index: IndexArray = field(compare=False, repr=False)
     state: SegmentState
     summary: SegmentSummary
 
@@ -94,15 +94,26 @@ class SegmentInfo:
         return _ENGINE_NAMES[self.engine]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSegment:
+    """A segment whose file is durable and whose row is to be written."""
+
+    segment_id: int
+    first_lsn: int
+    ceiling_lsn: int
+
+
 class SegmentCatalog(Protocol):
     """The durable list of segments (the manifest). Called on writer threads.
 
     An error that is no FatalError says that nothing was written.
     """
 
-    def register_blocking(
-        self, *, db_id: int, segment_id: int, first_lsn: int, ceiling_lsn: int
-    ) -> None: ...
+    def register_blocking(self, *, db_id: int, segments: Sequence[NewSegment]) -> None:
+        """All of them in one commit: a request may span several. One that is open already may
+        raise its ceiling.
+        """
+        ...
 
     def seal_blocking(self, info: SegmentInfo) -> None:
         """Said again with the same values it changes nothing."""
@@ -162,6 +173,16 @@ class Segment:
     @property
     def durable_last_lsn(self) -> int:
         return self.durable.next_lsn - 1
+
+    def written_summary(self, db_id: int) -> SegmentSummary:
+        """The trailer that sealing it now would write."""
+        marks = self.written
+        return SegmentSummary(
+            db_id=db_id, segment_id=self.segment_id, first_lsn=self.first_lsn,
+            last_lsn=marks.next_lsn - 1, entries=marks.entries, entries_end=marks.entries_end,
+            payload_bytes=marks.payload_bytes, index_points=len(self.index),
+            line_safe=marks.line_safe, keyed=marks.keyed,
+        )  # fmt: skip
 
     def durable_index(self) -> IndexArray:
         if self.info is not None:

@@ -80,6 +80,7 @@ class WalStore:
 
     async def drop_log(self, db_id: int) -> None:
         """Its directory is gone. What waits in it fails with DatabaseNotFound. Repeatable."""
+        self._loop = asyncio.get_running_loop()
         log = self._logs.pop(db_id, None)
         if log is not None:
             gone = DatabaseNotFound("The database was deleted.", db_id=db_id)
@@ -185,8 +186,8 @@ class WalStore:
             return
         try:
             self._root.parent.mkdir(parents=True, exist_ok=True)
-            if self._disk.make_directory(self._root):
-                self._disk.sync_directory(self._root.parent)
+            self._disk.make_directory(self._root)
+            self._disk.sync_directory(self._root.parent)
         except OSError as error:
             raise StorageFailure(f"The WAL's directory cannot be made: {error}") from error
         self._root_made = True

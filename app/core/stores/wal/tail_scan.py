@@ -5,8 +5,10 @@ Only bytes are judged here; nothing is changed.
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from app.core.formats.damage import Damage
-from app.core.formats.segment import EntryFlag, EntryHeader
+from app.core.formats.segment import EntryFlag, EntryHeader, pack_directory
 from app.core.stores.wal.remembered import RememberedAppend, SegmentAppend
 from app.core.stores.wal.scan import SegmentReader
 from app.core.stores.wal.segments import Segment, SegmentMarks
@@ -35,6 +37,8 @@ class TailScan:
         """Why the last segment could not be read to its end."""
         self.claimed = False
         """What lies after `boundary` was durable, says a later entry."""
+        self.broken_seal = False
+        """What lies after the last intact entry is part of a directory, as a crash leaves one."""
 
     def add(self, segment: Segment, reader: SegmentReader, requests: "KeyedRequests") -> None:
         """Raises nothing for bad entries: they set `stop`, and nothing may be added then."""
@@ -58,11 +62,24 @@ class TailScan:
         except Damage as damage:
             self.stop = str(damage)
 
-    def look_for_claims(self, reader: SegmentReader) -> None:
-        """After a stop in the last segment."""
+    def look_behind(self, reader: SegmentReader, *, db_id: int) -> None:
+        """After a stop in the last segment: what is there instead of an entry?"""
         last = self.segments[-1]
         lsn = self.boundary.marks.next_lsn if self.boundary else last.first_lsn
         self.claimed = reader.claims_durable(lsn, start=last.written.entries_end)
+        directory = pack_directory(last.written_summary(db_id), last.index.array())
+        rest = reader.rest(last.written.entries_end, length_max=len(directory))
+        self.broken_seal = rest is not None and _is_part_of(directory, rest)
+
+    def goes_on_at(self, first_lsn: int) -> bool:
+        """Whether no LSN is missing before `first_lsn`, where the next registered segment begins;
+        if so, what lies behind the stop is nothing.
+        """
+        last = self.segments[-1]
+        if self.claimed or not (self.broken_seal or last.written.next_lsn == first_lsn):
+            return False
+        self.stop = None
+        return True
 
     def _check_place(self, entry: EntryHeader, offset: int) -> None:
         begins = bool(entry.flags & EntryFlag.BEGINS)
@@ -71,6 +88,13 @@ class TailScan:
                 self.boundary = None  # it began in a segment that is gone
         elif begins == self.within:
             raise Damage("the entry is out of place in its request", offset=offset)
+
+
+def _is_part_of(whole: bytes, part: bytes) -> bool:
+    """Sectors of a torn write are there, or are zeros."""
+    there = np.frombuffer(part, dtype=np.uint8)
+    wanted = np.frombuffer(whole, dtype=np.uint8, count=len(part))
+    return bool(((there == wanted) | (there == 0)).all())
 
 
 def _continues(before: Segment, segment: Segment, *, within: bool) -> bool:

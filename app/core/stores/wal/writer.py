@@ -20,7 +20,6 @@ from app.core.formats.segment import (
     EntryFlag,
     EntryHeader,
     SegmentHeader,
-    SegmentSummary,
     pack_directory,
     pack_entry_header,
     pack_segment_header,
@@ -29,6 +28,7 @@ from app.core.stores.wal.disk import Buffer, Disk
 from app.core.stores.wal.failure import judge_write
 from app.core.stores.wal.planning import GroupPlan, Run
 from app.core.stores.wal.segments import (
+    NewSegment,
     Segment,
     SegmentCatalog,
     SegmentInfo,
@@ -59,6 +59,7 @@ class LogWriter:
         self._engine = engine
         self._chunk_bytes = chunk_bytes
         self._catalog = catalog
+        self._directory_durable = False
 
     def write_group_blocking(
         self, plan: GroupPlan, *, tail: Segment | None, durable_lsn: int, now_us: int
@@ -101,9 +102,10 @@ class LogWriter:
         """
         if segment.file_sealed is None:
             failpoints.fp("wal.before_seal")
-            info = sealed_info(
-                segment, db_id=self._db_id, engine=self._engine, marks=segment.written
-            )
+            info = SegmentInfo.of(
+                segment.written_summary(self._db_id), path=segment.path, engine=self._engine,
+                index=segment.index.array(), state="sealed",
+            )  # fmt: skip
             self._write_directory(segment, info)
             segment.file_sealed = info
         self._catalog.seal_blocking(segment.file_sealed)
@@ -146,8 +148,11 @@ class LogWriter:
             return tail
         path = self._directory / segment_name(run.segment_id)
         segment = Segment(segment_id=run.segment_id, path=path, first_lsn=run.first_lsn)
-        if self._disk.make_directory(self._directory):
+        if not self._directory_durable:
+            # An earlier process may have made it and ended before it was synced.
+            self._disk.make_directory(self._directory)
             self._sync_directory(self._directory.parent)
+            self._directory_durable = True
         # What may be left of a failed group has no row; unlinked, never overwritten: a promoted
         # chunk is a link to its segment's inode.
         self._disk.unlink(path)
@@ -211,29 +216,27 @@ class LogWriter:
             self._sync_directory(self._directory)
 
     def _register(self, targets: Sequence[tuple[Segment, Run]]) -> None:
-        """Rows after the data: then recovery never finds a row whose file it would have to cut,
-        but for a request over three segments and a crash between the rows of its last two.
+        """Rows after the data, and all at once: no crash leaves a row whose segment is to be cut
+        whole.
         """
-        registered = False
+        new = [
+            NewSegment(
+                segment_id=run.segment_id, first_lsn=segment.first_lsn, ceiling_lsn=run.ceiling_lsn
+            )
+            for segment, run in targets
+            if run.ceiling_lsn > segment.ceiling_lsn
+        ]
+        if not new:
+            return
+        failpoints.fp("wal.before_register")
+        try:
+            self._catalog.register_blocking(db_id=self._db_id, segments=new)
+        except BopError:
+            self._take_back(targets)
+            raise
+        failpoints.fp("wal.after_register")
         for segment, run in targets:
-            if run.ceiling_lsn <= segment.ceiling_lsn:
-                continue
-            failpoints.fp("wal.before_register")
-            try:
-                self._catalog.register_blocking(
-                    db_id=self._db_id,
-                    segment_id=run.segment_id,
-                    first_lsn=segment.first_lsn,
-                    ceiling_lsn=run.ceiling_lsn,
-                )
-            except BopError as error:
-                if registered:  # half of the group is in the catalogue: nothing can be taken back
-                    raise StorageFailure("A segment of several was refused.") from error
-                self._take_back(targets)
-                raise
-            registered = True
-            segment.ceiling_lsn = run.ceiling_lsn
-            failpoints.fp("wal.after_register")
+            segment.ceiling_lsn = max(segment.ceiling_lsn, run.ceiling_lsn)
 
     def _take_back(self, targets: Sequence[tuple[Segment, Run]]) -> None:
         """As if the group had never been. Durably, so that what was answered with an error cannot
@@ -290,19 +293,6 @@ class LogWriter:
             self._disk.sync_directory(path)
         except OSError as error:
             raise StorageFailure(f"A directory of the WAL cannot be synced: {error}") from error
-
-
-def sealed_info(
-    segment: Segment, *, db_id: int, engine: EngineCode, marks: SegmentMarks
-) -> SegmentInfo:
-    index = segment.index.array()
-    summary = SegmentSummary(
-        db_id=db_id, segment_id=segment.segment_id, first_lsn=segment.first_lsn,
-        last_lsn=marks.next_lsn - 1, entries=marks.entries, entries_end=marks.entries_end,
-        payload_bytes=marks.payload_bytes, index_points=len(index), line_safe=marks.line_safe,
-        keyed=marks.keyed,
-    )  # fmt: skip
-    return SegmentInfo.of(summary, path=segment.path, engine=engine, index=index, state="sealed")
 
 
 def write_all(disk: Disk, fd: int, pieces: Sequence[Buffer], offset: int) -> None:

@@ -249,7 +249,7 @@ def test_a_container_cut_anywhere_is_noticed(tmp_path):
 def test_a_damaged_segment_is_not_sealed_under_fresh_checksums(tmp_path):
     segment = small_segment(tmp_path / "s")
     good = segment.path.read_bytes()
-    for place in range(len(good)):
+    for place in range(0, len(good), 3):
         bad = bytearray(good)
         bad[place] ^= 0x40
         segment.path.write_bytes(bad)

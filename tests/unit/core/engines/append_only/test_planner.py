@@ -52,7 +52,7 @@ def plan(*segments: SegmentView, chunks=(), **changes) -> CheckpointPlan | None:
             segments=segments,
             checkpoint_id="0000000001-000003-01J",
             epoch=3,
-        )  # fmt: skip
+        )
     )
 
 
@@ -118,7 +118,8 @@ def test_plan_deterministic_ordering(shapes, next_chunk_id):
         lsn += gap + count
     first = plan(*segments, next_chunk_id=next_chunk_id)
     again = plan(*segments, next_chunk_id=next_chunk_id)
-    assert first is not None and again is not None
+    assert first is not None
+    assert again is not None
     assert encode_plan(first) == encode_plan(again)
     assert [a.chunk_id for a in first.actions] == sorted(a.chunk_id for a in first.actions)
     assert [a.segment_id for a in first.actions] == [s.segment_id for s in segments]

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -40,7 +41,11 @@ def files_below(root: Path) -> set[str]:
 
 
 class TestDirectoryContract(RemoteStoreContract):
-    pass
+    list_count = 205
+
+    @pytest.fixture(autouse=True)
+    def _small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(directory_module, "LIST_BATCH_COUNT", 100)
 
 
 async def test_objects_are_plain_files_named_by_their_keys(root: Path, store: RemoteStore) -> None:
@@ -102,6 +107,36 @@ async def test_two_stores_on_one_directory_have_one_winner(root: Path) -> None:
             )
         )
         assert sum(info is not None for info in results) == 1
+
+
+async def test_changes_are_made_one_at_a_time(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at an object and its replacement nobody else changes anything."""
+    inside, most = 0, 0
+    make, sync = directory_module.make_directories, directory_module.sync_directory
+
+    def enter(at: Path, wanted: Path) -> list[Path]:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        threading.Event().wait(0.005)  # room for another to come in, if it can
+        return make(at, wanted)
+
+    def leave(directory: Path) -> None:
+        nonlocal inside
+        sync(directory)
+        inside -= 1
+
+    monkeypatch.setattr(directory_module, "make_directories", enter)
+    monkeypatch.setattr(directory_module, "sync_directory", leave)
+    url = f"file://{root}"
+    async with opened_remote(url) as one, opened_remote(url) as two:
+        await asyncio.gather(
+            *(
+                store.put_blob(f"key-{number}", bytes_body(b"x"))
+                for number, store in enumerate([one, two] * 8)
+            )
+        )
+    assert most == 1
 
 
 async def test_a_full_disk_is_told_and_leaves_nothing(

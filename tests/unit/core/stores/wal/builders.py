@@ -20,6 +20,7 @@ from app.core.stores.wal.log import (
     CatalogSegment,
     LogConfig,
     MemoryPayload,
+    NewSegment,
     RememberedAppend,
     SegmentInfo,
     WalLog,
@@ -40,21 +41,20 @@ class Catalog:
     lock: threading.Lock = field(default_factory=threading.Lock)
     on_commit: Callable[["Catalog"], None] = lambda _: None
 
-    def register_blocking(
-        self, *, db_id: int, segment_id: int, first_lsn: int, ceiling_lsn: int
-    ) -> None:
+    def register_blocking(self, *, db_id: int, segments: Sequence[NewSegment]) -> None:
         with self.lock:
             self._refuse()
             rows = self.rows.setdefault(db_id, {})
-            known = rows.get(segment_id)
-            if known is not None:
-                assert known.state == "open"
-                assert known.first_lsn == first_lsn
-                assert known.ceiling_lsn <= ceiling_lsn
-            rows[segment_id] = CatalogSegment(
-                segment_id=segment_id, first_lsn=first_lsn, ceiling_lsn=ceiling_lsn,
-                state="open", last_lsn=0,
-            )  # fmt: skip
+            for new in segments:
+                known = rows.get(new.segment_id)
+                if known is not None:
+                    assert known.state == "open"
+                    assert known.first_lsn == new.first_lsn
+                    assert known.ceiling_lsn <= new.ceiling_lsn
+                rows[new.segment_id] = CatalogSegment(
+                    segment_id=new.segment_id, first_lsn=new.first_lsn,
+                    ceiling_lsn=new.ceiling_lsn, state="open", last_lsn=0,
+                )  # fmt: skip
             self.on_commit(self)
 
     def seal_blocking(self, info: SegmentInfo) -> None:

@@ -1,0 +1,98 @@
+"""History is bounded, and nothing that still counts is forgotten."""
+
+import msgspec
+import pytest
+
+from app.core.base.clock import SeededRandomness, wall_us
+from app.core.base.events import Events
+from app.core.base.ids import new_ulid
+from app.core.stores.manifest.ops import (
+    CreateDatabase,
+    EnqueueJob,
+    ManifestBatch,
+    PutIdempotency,
+    RememberAppends,
+)
+from app.core.stores.manifest.records import IdempotencyRecord, JobRecord, RememberedAppend
+from app.core.stores.manifest.store import ManifestStore
+from app.core.workers.pruning import Pruning
+from migrations.runner import load_steps
+from tests.helpers.fake_clock import FakeClock
+
+DAY_US = 24 * 3600 * 1_000_000
+RANDOMNESS = SeededRandomness(3)
+
+
+def raise_fatal(error: BaseException) -> None:
+    raise error
+
+
+@pytest.fixture
+async def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+async def manifest(tmp_path, clock):
+    store = await ManifestStore.open(
+        tmp_path / "manifest", clock=clock, events=Events(), process_id="p", map_bytes=1 << 26,
+        max_readers=8, migrations=load_steps(), on_fatal=raise_fatal,
+    )  # fmt: skip
+    yield store
+    await store.aclose()
+
+
+async def test_the_oldest_ended_jobs_go(manifest, clock):
+    jobs = []
+    for number in range(8):
+        clock.advance(1)
+        job = JobRecord(
+            job_id=new_ulid(clock, RANDOMNESS), kind="create_checkpoint", tenant="t",
+            database="d", db_id=1, created_at_us=wall_us(clock),
+            state="pending" if number == 0 else "completed",
+        )  # fmt: skip
+        jobs.append(job)
+        await manifest.commit(ManifestBatch(ops=(EnqueueJob(job=job),), reason="t"))
+    pruning = Pruning(manifest, clock=clock, events=Events(), jobs_max=3)
+    assert await pruning.run_once() == 4
+    with manifest.read() as view:
+        kept = {job.job_id for job in view.jobs(limit=100)}
+    assert kept == {jobs[0].job_id, *(job.job_id for job in jobs[-3:])}
+    assert await pruning.run_once() == 0
+
+
+async def test_answers_and_appends_are_kept_for_a_day(manifest, clock):
+    now = wall_us(clock)
+    answer = IdempotencyRecord(
+        scope_hash=b"a" * 16, body_hash=b"b" * 16, created_at_us=now, status=202, headers={},
+        body=b"{}",
+    )  # fmt: skip
+    append = RememberedAppend(
+        key_hash=b"k" * 16, body_hash=b"b" * 16, first_lsn=1, last_lsn=1, payload_bytes=5,
+        appended_at_us=now,
+    )  # fmt: skip
+    later = msgspec.structs.replace(append, appended_at_us=now + DAY_US // 2)
+    created = CreateDatabase(
+        tenant="t", name="d", engine="append_only", page_size=0, chunk_bytes=1 << 26,
+        compression="none", created_at_us=now,
+    )  # fmt: skip
+    receipt = await manifest.commit(ManifestBatch(ops=(created,), reason="t"))
+    db_id = receipt.results[0]
+    await manifest.commit(
+        ManifestBatch(
+            ops=(
+                PutIdempotency(record=answer),
+                RememberAppends(db_id=db_id, segment_id=1, appends=(append,)),
+                RememberAppends(db_id=db_id, segment_id=2, appends=(append, later)),
+            ),
+            reason="t",
+        )
+    )
+    pruning = Pruning(manifest, clock=clock, events=Events(), jobs_max=10)
+    clock.advance(24 * 3600 - 1)
+    assert await pruning.run_once() == 0
+    clock.advance(2)
+    assert await pruning.run_once() == 2
+    with manifest.read() as view:
+        assert view.idempotency(answer.scope_hash) is None
+        assert set(view.remembered_appends(db_id)) == {2}
