@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import appends, checkpoints, manifest
+from benchmarks import appends, checkpoints, manifest, page_reads
 from benchmarks.report import Result, show
 
 
@@ -21,12 +21,15 @@ async def measure(word: str, work: Path) -> list[Result]:
         results.append(await appends.small(work))
     if word in "checkpoints":
         results += await checkpoints.sixteen_chunks(work)
+    if word in "page-reads":
+        results += await page_reads.page_reads(work)
     return results
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("only", nargs="?", default="", help="manifest, appends, checkpoints")
+    known = "manifest, appends, checkpoints, page-reads"
+    parser.add_argument("only", nargs="?", default="", help=known)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="bop-bench-", dir=Path.cwd()))  # the disk that is used

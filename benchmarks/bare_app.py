@@ -1,7 +1,7 @@
 """The ceilings that HTTP itself sets: a bare FastAPI route and a bare ASGI drain."""
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 
 api = FastAPI()
 
@@ -10,6 +10,14 @@ api = FastAPI()
 async def bare_records(tenant: str, database: str, request: Request) -> dict[str, int]:
     body = await request.body()
     return {"first_lsn": 1, "last_lsn": 1, "count": 1, "bytes": len(body)}
+
+
+_PAGE = bytes(range(256)) * 16
+
+
+@api.get("/tenants/{tenant}/databases/{database}/pages/{page_no}", response_class=Response)
+async def bare_page(tenant: str, database: str, page_no: int) -> Response:
+    return Response(_PAGE, media_type="application/octet-stream")
 
 
 async def drain(scope, receive, send):

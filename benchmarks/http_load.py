@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 class LoadOutcome:
     requests: int = 0
     failures: int = 0
+    body_bytes: int = 0
+    """Of the answers."""
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
 
@@ -27,8 +29,8 @@ class _Connection(asyncio.Protocol):
     def __init__(self, next_request: Callable[[], list[bytes] | None], outcome: LoadOutcome):
         self._next = next_request
         self._outcome = outcome
-        self._buffer = b""
-        self._needed = -1
+        self._head = b""
+        self._missing = -1
         self._status = 0
         self._sent = 0.0
         self._pieces: list[bytes] = []
@@ -62,21 +64,23 @@ class _Connection(asyncio.Protocol):
             self._transport.write(self._pieces.pop(0))
 
     def data_received(self, data):
-        self._buffer += data
-        if self._needed < 0:
-            end = self._buffer.find(b"\r\n\r\n")
+        if self._missing < 0:
+            self._head += data
+            end = self._head.find(b"\r\n\r\n")
             if end < 0:
                 return
-            head = self._buffer[:end].lower()
+            head, data = self._head[:end].lower(), self._head[end + 4 :]
+            self._head = b""
             self._status = int(head[9:12])
             at = head.index(b"content-length:") + 15
-            length = int(head[at : head.find(b"\r\n", at) if b"\r\n" in head[at:] else None])
-            self._needed = end + 4 + length
-        if len(self._buffer) >= self._needed:
+            self._missing = int(head[at : head.find(b"\r\n", at) if b"\r\n" in head[at:] else None])
+        self._missing -= len(data)  # counted, not kept: bodies may be large
+        self._outcome.body_bytes += len(data)
+        if self._missing <= 0:
             self._outcome.requests += 1
             self._outcome.failures += self._status >= 300
             self._outcome.latencies.append(time.perf_counter() - self._sent)
-            self._buffer, self._needed = b"", -1
+            self._missing = -1
             self._send()
 
     def connection_lost(self, error):
@@ -94,6 +98,12 @@ def post(path: str, body: bytes, *, content_type: str) -> list[bytes]:
     step = 256 * 1024
     pieces = [bytes(view[at : at + step]) for at in range(0, len(body), step)]
     return [head + (pieces[0] if pieces else b""), *pieces[1:]]
+
+
+def get(path: str, **headers: str) -> list[bytes]:
+    """`headers` with underscores for hyphens."""
+    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    return [f"GET {path} HTTP/1.1\r\nHost: bench\r\n{lines}\r\n".encode()]
 
 
 async def run_load(

@@ -36,7 +36,7 @@ BLOCK_BYTES = 512  # of st_blocks, whatever the file system's own are
 def demo(
     context: typer.Context,
     size_mib: Annotated[
-        int, typer.Option("--size-mib", min=1, max=4096, help="How much log is written.")
+        int, typer.Option("--size-mib", min=1, max=4096, help="How much of each kind is written.")
     ] = 64,
 ) -> None:
     """Start a service, checkpoint real data, lose the disk, recover, verify. Leaves nothing."""
@@ -98,12 +98,13 @@ class Part(Protocol):
         ...
 
 
-async def run_demo(screen: Screen, clock: Clock, log_bytes: int) -> Report:
+async def run_demo(screen: Screen, clock: Clock, part_bytes: int) -> Report:
     from app.cli.demo_records import RecordLog  # noqa: PLC0415 - brings the client
+    from app.cli.demo_sqlite import SqliteDatabase  # noqa: PLC0415 - as above
 
     stage = Stage(screen, clock)
-    parts: list[Part] = [RecordLog(log_bytes)]
     with TemporaryDirectory(prefix="bop-demo-") as place:
+        parts: list[Part] = [RecordLog(part_bytes), SqliteDatabase(Path(place), part_bytes)]
         data_dir, log = Path(place, "data"), Path(place, "service.log")
         screen.note(f"Data directory {data_dir}, remote store {data_dir / 'remote'}.")
         async with served("Start the service", data_dir, log, stage) as client:
@@ -166,7 +167,7 @@ async def recover(data_dir: Path, stage: Stage) -> None:
         step.note = f"databases {len(databases)}, generations {generations}"
 
 
-async def until_signalled(screen: Screen, clock: Clock, log_bytes: int) -> Report:
+async def until_signalled(screen: Screen, clock: Clock, part_bytes: int) -> Report:
     """The demo, ended in order by SIGTERM and SIGHUP as by Ctrl-C: no process is left behind."""
     from app.client import ClientError  # noqa: PLC0415 - brings httpx
 
@@ -181,7 +182,7 @@ async def until_signalled(screen: Screen, clock: Clock, log_bytes: int) -> Repor
     for number in (signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, end, number)
     try:
-        return await run_demo(screen, clock, log_bytes)
+        return await run_demo(screen, clock, part_bytes)
     except ClientError as error:
         raise explained(error) from error
     except asyncio.CancelledError:

@@ -87,14 +87,15 @@ class Edge:
             await internal_problem(exchange)(scope, exchange.receive, exchange.send)
 
     def _log(self, scope: Scope, exchange: Exchange, seconds: float) -> None:
-        """One line a request. Small successful writes that nobody named are left out: at thousands
-        a second nobody could look for them.
+        """One line a request. Small successful writes and reads of single pages that nobody named
+        are left out: at thousands a second nobody could look for them.
         """
         status, path = exchange.status, scope["path"]
         if status < 400 and exchange.error is None:
             if path in PROBED_PATHS:
                 return
-            if status == 201 and not exchange.named_by_client and exchange.trace is None:
+            is_small = status == 201 or (status in {200, 304} and "/pages/" in path)
+            if is_small and not exchange.named_by_client and exchange.trace is None:
                 return
         fields: dict[str, object] = {
             "method": scope["method"],

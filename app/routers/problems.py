@@ -95,6 +95,8 @@ def problem_response(
     answer = dict(headers or {})
     if error.retry_after_seconds is not None or error.kind in _RETRYABLE:
         answer["Retry-After"] = str(error.retry_after_seconds or RETRY_AFTER_SECONDS)
+    if error.kind is ErrorKind.RANGE and "size" in error.fields:
+        answer["Content-Range"] = f"bytes */{error.fields['size']}"
     if error.kind is ErrorKind.UNAUTHENTICATED:
         answer["WWW-Authenticate"] = 'Bearer realm="bop-checkpoint"'
     body = msgspec.json.encode(members, enc_hook=str)

@@ -6,7 +6,7 @@ A test that wants a failure sets `service.failing["records.append"] = SomeError(
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,12 +16,15 @@ from app.container import Readiness
 from app.core.base.errors import (
     DatabaseConflict,
     DatabaseNotFound,
+    GenerationExpired,
     IdempotencyKeyReused,
     JobAlreadyEnded,
     JobNotFound,
     LsnMismatch,
     LsnTruncated,
     NotLineRecords,
+    PageNotFound,
+    SnapshotNotFound,
     WrongEngine,
 )
 from app.core.base.events import Events
@@ -30,7 +33,15 @@ from app.core.reads.page_cache import PageCacheStats
 from app.core.services.databases import DatabaseStatus, DurableStatus
 from app.core.services.debugging import CacheReport, NamedLease
 from app.core.services.idempotency import Remember, StoredAnswer
+from app.core.services.pages import FoundPage
 from app.core.services.records import AppendLimits
+from app.core.services.states import (
+    AtGeneration,
+    AtSnapshot,
+    AtTime,
+    Newest,
+    StateSelector,
+)
 from app.core.stores.local.hot_cache import HotCacheStats
 from app.core.stores.manifest.records import (
     ENDED_STATES,
@@ -77,6 +88,41 @@ class FakeStream:
         self.on_close()
 
 
+@dataclass
+class FakeImage:
+    """A state of a libsql database; `failing_at` is the byte at which its content breaks."""
+
+    service: "FakeService"
+    data: bytes
+    generation: int
+    lsn: int
+    page_size: int = 4096
+    piece_bytes: int = 5000
+    failing_at: int | None = None
+    failure: Exception | None = None
+    held: bool = True
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.data)
+
+    @property
+    def tag(self) -> str:
+        return f"7-{self.lsn}"
+
+    async def content(self, first: int, stop: int) -> AsyncIterator[memoryview]:
+        for at in range(first, stop, self.piece_bytes):
+            if self.failing_at is not None and at >= self.failing_at:
+                assert self.failure is not None
+                raise self.failure
+            yield memoryview(self.data)[at : min(at + self.piece_bytes, stop)]
+
+    def release(self) -> None:
+        if self.held:
+            self.held = False
+            self.service.closed_streams += 1
+
+
 class FakeService:
     """One object that plays all services, and the container around them."""
 
@@ -87,6 +133,7 @@ class FakeService:
         self.leases_kept: list[NamedLease] = []
         self.changes_kept: list[ChangeRecord] = []
         self.failing: dict[str, Exception] = {}
+        self.images: dict[tuple[str, str], dict[int, FakeImage]] = {}
         self.changed = asyncio.Condition()
         self.answers: dict[bytes, tuple[bytes, StoredAnswer]] = {}
         self.idempotency_locks: dict[bytes, asyncio.Lock] = {}
@@ -103,6 +150,8 @@ class FakeService:
         self.services = SimpleNamespace(
             databases=_Databases(self),
             records=_Records(self),
+            pages=_Pages(self),
+            images=_Images(self),
             checkpoints=_Checkpoints(self),
             jobs=_Jobs(self),
             history=_History(self),
@@ -164,6 +213,29 @@ class FakeService:
         )
         self.stored[tenant, name] = stored
         return stored
+
+    def add_image(self, tenant: str, name: str, data: bytes, *, generation: int) -> FakeImage:
+        """The newest state has the highest generation; its LSN is 10 times that."""
+        image = FakeImage(service=self, data=data, generation=generation, lsn=10 * generation)
+        self.images.setdefault((tenant, name), {})[generation] = image
+        return image
+
+    def state(self, tenant: str, name: str, selector: StateSelector) -> FakeImage:
+        if self.find(tenant, name).record.engine != "libsql":
+            raise WrongEngine
+        kept = self.images[tenant, name]
+        match selector:
+            case Newest():
+                found = kept[max(kept)]
+            case AtGeneration(generation):
+                if generation not in kept:
+                    raise GenerationExpired
+                found = kept[generation]
+            case AtTime(time_us):
+                found = kept[max(one for one in kept if one * 1_000_000 <= time_us)]
+            case AtSnapshot():
+                raise SnapshotNotFound
+        return replace(found, held=True)
 
     def add_job(self, **changes: Any) -> JobRecord:
         number = len(self.job_records) + 1
@@ -234,6 +306,29 @@ class _Databases(_Part):
     async def acknowledge_loss(self, tenant, name) -> DatabaseStatus:
         self.service.check("databases.acknowledge_loss")
         return self.get(tenant, name)
+
+
+class _Pages(_Part):
+    async def read(self, tenant, name, page_no, selector) -> FoundPage:
+        self.service.check("pages.read")
+        image = self.service.state(tenant, name, selector)
+        size = image.page_size
+        if not 1 <= page_no <= len(image.data) // size:
+            raise PageNotFound(page_no=page_no)
+        return FoundPage(
+            data=image.data[(page_no - 1) * size : page_no * size],
+            tier="local",
+            generation=image.generation,
+            lsn=image.lsn,
+        )
+
+
+class _Images(_Part):
+    async def open(self, tenant, name, selector) -> "FakeImage":
+        self.service.check("images.open")
+        image = self.service.state(tenant, name, selector)
+        self.service.open_streams += 1
+        return image
 
 
 class _Records(_Part):

@@ -223,9 +223,16 @@ async def test_demo_verifies_and_leaves_nothing(tmp_path: Path):
     assert ran.exit_code == 0, ran.stderr
     report = ran.json
     assert report["verified"] is True
-    assert len(report["checks"]) == 3
-    uploaded = [one["bytes"] for one in report["steps"] if one["name"].startswith("Checkpoint")]
-    assert uploaded[0] > 2 * 1024 * 1024 > 10 * uploaded[1]
+    assert len(report["checks"]) == 5
+    steps = {one["name"]: one for one in report["steps"]}
+    uploads = (steps[name]["bytes"] for name in steps if name.startswith("Checkpoint"))
+    log, more_log, database, updates = uploads
+    assert log > 2 * 1024 * 1024 > 10 * more_log
+    file_bytes = steps["Restore the database to a new file"]["bytes"]
+    assert file_bytes == steps["Replicate it"]["bytes"] > 1_900_000
+    assert steps["Replicate the updates"]["note"].endswith("WAL frames")
+    assert steps["Replicate the updates"]["bytes"] > 20 * updates
+    assert database > 20 * updates
     assert left_in(tmp_path) == []
     assert processes_of(tmp_path) == []
 
@@ -235,7 +242,8 @@ async def test_demo_tells_people_too(tmp_path: Path):
     assert ran.exit_code == 0, ran.stderr
     told = ran.stdout.decode()
     assert "Checkpoint only what changed" in told
-    assert told.count("✓") == 3
+    assert "Restore the database to a new file" in told
+    assert told.count("✓") == 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

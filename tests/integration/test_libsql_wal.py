@@ -3,11 +3,12 @@
 What is stored is read twice: as the service serves it, and from the segments' own entries.
 """
 
+import asyncio
 import random
 import shutil
 import sqlite3
 import struct
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tests.conftest import MakeServer
 from tests.helpers.failpoints import kill_at
 from tests.helpers.server import ServerProcess
 from tests.helpers.sqlite_logs import log_of, reencoded, wal_database
+from tests.helpers.wait import wait_until
 
 DB = "/tenants/acme/databases/app"
 MIB = 1024 * 1024
@@ -172,6 +174,14 @@ def gap_of(answer: httpx.Response) -> dict[str, Any]:
     return {name: answer.json()[name] for name in GAP_FIELDS}
 
 
+async def checkpoint(client: httpx.AsyncClient) -> dict[str, Any]:
+    answer = await client.post("/checkpoints", json={"tenant": "acme", "database": "app"})
+    assert answer.status_code == 202, answer.text
+    job = (await client.get(f"/checkpoints/{answer.json()['id']}?wait=60")).json()
+    assert job["state"] == "completed", job
+    return job
+
+
 # --- logs
 
 
@@ -272,6 +282,55 @@ async def test_bytes_sent_again_are_not_stored_twice(make_server: MakeServer, tm
         assert wal_bytes_on_disk(server) == on_disk
         assert (await pushed(server.client, newer))["accepted_offset"] == third["accepted_offset"]
         await check_content(server, src.image(), page_size=4096)
+
+
+async def test_the_position_outlives_the_wal(make_server: MakeServer, tmp_path):
+    server = make_server()
+    await server.start()
+    await create(server.client, page_size=512, chunk_bytes=65536)
+    with source(tmp_path / "src", page_size=512) as src:
+        src.grow(5)
+        older = src.log()
+        first = await pushed(server.client, older)
+        src.restart_log()
+        src.grow(60)
+        log = src.log()
+        second = await pushed(server.client, log, after_lsn=first["last_lsn"])
+        await checkpoint(server.client)
+        await wait_until(lambda: not wal_bytes_on_disk(server))
+        for _ in range(2):
+            shown = (await server.client.get(DB)).json()
+            assert shown["page_count"] == second["page_count"]
+            assert shown["next_lsn"] == second["last_lsn"] + 1
+            for body in (older, log):
+                again = await pushed(server.client, body)
+                assert (again["accepted_offset"], again["frames"]) == (len(body), 0)
+            assert gap_of(await push(server.client, log, offset=len(log) + src.frame)) == {
+                "last_lsn": second["last_lsn"], "offset": len(log),
+                "salt1": salts(log)[0], "salt2": salts(log)[1],
+                "checksum1": checksums(log, len(log), src.frame)[0],
+                "checksum2": checksums(log, len(log), src.frame)[1],
+            }  # fmt: skip
+            assert not wal_bytes_on_disk(server)
+            await server.kill9()
+            await server.start()
+        src.run("DELETE FROM t WHERE id > 20", "VACUUM")
+        src.grow(3)
+        more = src.log()
+        third = await pushed(server.client, more[len(log) :], offset=len(log))
+        assert third["first_lsn"] == second["last_lsn"] + 1
+        await check_content(server, src.image(), page_size=512)
+        src.grow(80)
+        src.run("UPDATE t SET x = randomblob(length(x)) WHERE id = 3")
+        image = src.image()
+        differing = await put_image(server.client, image)
+        assert differing["changed_pages"] < len(image) // 512
+        await check_content(server, image, page_size=512)
+        await checkpoint(server.client)
+        await check_content(server, image, page_size=512)
+        await server.kill9()
+        await server.start()
+        await check_content(server, image, page_size=512)
 
 
 async def test_a_gap_says_where_to_go_on(server: ServerProcess, tmp_path):
@@ -512,6 +571,44 @@ async def test_the_other_engine_takes_no_pages(server: ServerProcess):
     assert (missing.status_code, missing.json()["code"]) == (404, "database_not_found")
     answer = await server.client.post(f"{DB}/wal", content=b"")
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+
+
+async def test_the_same_bytes_at_once_are_stored_once(server: ServerProcess, tmp_path):
+    await create(server.client, page_size=512)
+    with source(tmp_path / "src", page_size=512) as src:
+        src.grow(50)
+        log = src.log()
+        answers = await asyncio.gather(*(pushed(server.client, log) for _ in range(8)))
+        assert {answer["accepted_offset"] for answer in answers} == {len(log)}
+        assert sorted(answer["commits"] for answer in answers) == [0] * 7 + [2]
+        stored = StoredWal(server, 512)
+        assert (stored.requests, len(stored.lsns)) == (1, (len(log) - 32) // src.frame)
+        await check_content(server, src.image(), page_size=512)
+
+
+async def test_a_body_that_breaks_off_stores_nothing(server: ServerProcess, tmp_path):
+    await create(server.client, page_size=512)
+    with source(tmp_path / "src", page_size=512) as src:
+        src.grow(50)
+        log, image = src.log(), src.image()
+
+        async def breaks_off(data: bytes) -> AsyncIterator[bytes]:
+            yield data[: len(data) - 1]
+            raise ConnectionAbortedError
+
+        for method, path, data in (
+            ("POST", f"{DB}/wal?offset=0", log),
+            ("PUT", f"{DB}/image", image),
+        ):
+            with pytest.raises(ConnectionAbortedError):
+                await server.client.request(
+                    method, path, content=breaks_off(data),
+                    headers={"Content-Length": str(len(data))},
+                )  # fmt: skip
+        assert (await server.client.get(DB)).json()["next_lsn"] == 1
+        assert not wal_bytes_on_disk(server)
+        await pushed(server.client, log)
+        await check_content(server, image, page_size=512)
 
 
 # --- images

@@ -155,10 +155,11 @@ class PageStaging:
                 stack.callback(against.close)
             sha256 = base.blob.sha256 if action.base_key else None
             writer = await stack.enter_async_context(self._writer(target, spec, base_sha256=sha256))
+            layers = await self._open_layers(action, stack)
             for page_nos in windows(
                 BitMap.deserialize(action.pages), page_size=self.point.page_size
             ):
-                batch = await self._read_window(page_nos)
+                batch = await self._read_window(page_nos, layers)
                 base_pages = await _base_pages(against, page_nos)
                 await self._on_disk(
                     target, partial(writer.add_blocking, batch, base_pages=base_pages)
@@ -177,13 +178,27 @@ class PageStaging:
             raise StalePlan("The base of a planned delta is gone.", chunk_id=action.chunk_id)
         return base
 
-    async def _read_window(self, page_nos: PageNos) -> PageBatch:
-        """From the WAL; what a merged delta takes over lies in the deltas before."""
+    async def _open_layers(self, action: CreateDelta, stack: AsyncExitStack) -> list[OpenPages]:
+        """What a merged delta takes pages over from: the deltas before, newest first."""
+        layers: list[OpenPages] = []
+        if action.merges:
+            for layer in self.pages.chain(self.point, action.chunk_id).layers[:-1]:
+                opened = await self.pages.open_layer(layer)
+                stack.callback(opened.close)
+                layers.append(opened)
+        return layers
+
+    async def _read_window(self, page_nos: PageNos, layers: list[OpenPages]) -> PageBatch:
         point = self.point
         window = await read_wal_window(point, page_nos, low_page_count=self.plan.low_page_count)
-        for row in np.flatnonzero(~window.done).tolist():
-            read = await self.pages.read_page(point, int(page_nos[row]), _PAST_THE_CACHE)
-            window.pages[row] = np.frombuffer(read.data, dtype=np.uint8)
+        left = np.flatnonzero(~window.done)
+        for layer in layers:
+            held = left[np.isin(page_nos[left], layer.page_nos, assume_unique=True)]
+            if len(held):
+                window.pages[held] = await layer.read(page_nos[held])
+                left = np.setdiff1d(left, held, assume_unique=True)
+        if len(left):
+            raise StalePlan("A planned page is in no delta.", page_no=int(page_nos[left[0]]))
         return PageBatch(page_nos=page_nos, data=window.data)
 
     def _delta_row(self, action: CreateDelta, written: PageBlobSummary) -> ChunkDeltaRecord:

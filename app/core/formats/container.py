@@ -13,8 +13,8 @@ LOG holds a sealed WAL segment of records, byte for byte. Blocks are cut at poin
 index and hold whole entries; the first also holds the segment header. A block's key is its first
 LSN; the last block is the segment's own index and trailer, its key the LSN after the last one.
 
-PAGES and DELTA are not written yet. Their keys are page numbers, `part_id` is the delta's id, and
-`places` says where in a block each page lies; for LOG there are none.
+PAGES and DELTA hold pages (`page_blob.py`). Their keys are page numbers, `part_id` is the delta's
+id, and `places` says where in a block each page lies; for LOG there are none.
 """
 
 import struct

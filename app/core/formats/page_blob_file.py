@@ -30,7 +30,7 @@ _BLOCKS_AT_ONCE = 64
 class PageBlobFile:
     """Raises Damage, and OSError, from every method."""
 
-    def __init__(self, fd: int, *, sha256: bytes, owns_fd: bool) -> None:
+    def __init__(self, fd: int, *, sha256: bytes, owns_fd: bool = False) -> None:
         self._fd = fd
         self._owns_fd = owns_fd
         self.sha256 = sha256

@@ -5,7 +5,7 @@ uploaded is hashed as it is written (I2). Crash: a half-written file is replaced
 attempt.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -47,7 +47,7 @@ from app.core.formats.page_codec import (
 
 _GROUP_BYTES = 4 * 1024 * 1024
 """Blocks that are compressed together."""
-_TRAINING_BYTES = 16 * 1024 * 1024
+_TRAINING_BYTES = 8 * 1024 * 1024
 """Held back at the beginning, for the dictionary to learn from."""
 _EQUAL_PAGES_MAX = 256 * 1024
 """Distinct pages that later ones are compared with; bounds the memory of large chunks (I11)."""
@@ -170,17 +170,10 @@ class PageBlobWriter:
         ):
             raise InvariantViolation("pages are not in order")
         digests = page_digests(batch.data, page_size=size)
-        known = base_pages or {}
-        page_nos = batch.page_nos.tolist()
-        for at, (page_no, digest) in enumerate(zip(page_nos, digests, strict=True)):
-            if digest == self._zero_digest:
-                self._slots.append(ZERO_SLOT)
-                continue
-            slot = self._slot_of.get(digest)
-            if slot is None:
-                page = batch.data[at * size : (at + 1) * size]
-                slot = self._add_slot(page_no, page, digest, known.get(page_no))
-            self._slots.append(slot)
+        if base_pages:
+            self._add_patches(batch, digests, base_pages)
+        else:
+            self._add_whole(batch, digests)
         self._page_nos.append(batch.page_nos.astype(np.uint32))
         self._checksums += page_checksums(batch.data, page_size=size)
         self._digests += digests
@@ -231,23 +224,46 @@ class PageBlobWriter:
             pages=BitMap(page_nos), patches=self._patches,
         )  # fmt: skip
 
-    def _add_slot(
-        self, page_no: int, page: memoryview, digest: bytes, base_page: bytes | None
-    ) -> int:
+    def _add_whole(self, batch: PageBatch, digests: Sequence[bytes]) -> None:
+        """Pages as they are, taken over all at once where all are new."""
+        size, numbers = self._spec.page_size, batch.page_nos.tolist()
+        fresh: list[int] = []
+        for at, digest in enumerate(digests):
+            slot = self._known_slot(digest)
+            if slot is None:
+                slot = self._new_slot(numbers[at], size, digest)
+                fresh.append(at)
+            self._slots.append(slot)
+        if len(fresh) == len(numbers):
+            self._raw += batch.data
+        else:
+            self._raw += np.frombuffer(batch.data, dtype=np.uint8).reshape(-1, size)[fresh].data
+
+    def _add_patches(
+        self, batch: PageBatch, digests: Sequence[bytes], base_pages: Mapping[int, bytes]
+    ) -> None:
+        size = self._spec.page_size
+        for at, page_no in enumerate(batch.page_nos.tolist()):
+            slot = self._known_slot(digests[at])
+            if slot is None:
+                page = bytes(batch.data[at * size : (at + 1) * size])
+                base_page = base_pages.get(page_no)
+                stored = page if base_page is None else _shorter(page, base_page)
+                slot = self._new_slot(page_no, len(stored), digests[at])
+                self._raw += stored
+            self._slots.append(slot)
+
+    def _known_slot(self, digest: bytes) -> int | None:
+        return ZERO_SLOT if digest == self._zero_digest else self._slot_of.get(digest)
+
+    def _new_slot(self, page_no: int, slot_bytes: int, digest: bytes) -> int:
         slot = len(self._slot_bytes)
-        stored: bytes | memoryview = page
-        if base_page is not None:
-            patch = make_patch(bytes(page), base_page)
-            # A longer one saves little over the page within its block, and costs a base's block.
-            if 2 * len(patch) < len(page):
-                stored = patch
-        if len(stored) < len(page):
+        self._slot_bytes.append(slot_bytes)
+        self._slot_pages.append(page_no)
+        if slot_bytes < self._spec.page_size:
             self._patches += 1  # fits its own base page only, so nothing else can share it
         elif len(self._slot_of) < _EQUAL_PAGES_MAX:
             self._slot_of[digest] = slot
-        self._raw += stored
-        self._slot_bytes.append(len(stored))
-        self._slot_pages.append(page_no)
         return slot
 
     def _pack_blocks_blocking(self, *, final: bool) -> None:
@@ -297,6 +313,14 @@ class PageBlobWriter:
         )
         self._output.write(stored)
         self._raw_offset += len(raw)
+
+
+def _shorter(page: bytes, base_page: bytes) -> bytes:
+    """A patch, unless it saves little over the page within its block: it costs a reader a block of
+    the base.
+    """
+    patch = make_patch(page, base_page)
+    return patch if 2 * len(patch) < len(page) else page
 
 
 def write_pages_blocking(

@@ -28,15 +28,15 @@ PAGE_DIGEST_BYTES = 16
 CPU's own instructions twice as fast here as BLAKE2b (1.3 and 0.8 GB/s over 4 KiB pages)."""
 
 PAGE_ZSTD_LEVEL = 2
-"""With a dictionary 0.54 of a 256 MiB database, at 210 MB/s on two cores; level 1 gives 0.65 at
-the same speed and level 3 the same size at half of it (ADR 0008)."""
+"""With a dictionary 0.54 of a 256 MiB database; level 1 gives 0.65 in two thirds of the time, and
+level 3 the same size in twice the time (docs/adr/0008-delta-encoding.md)."""
 PATCH_ZSTD_LEVEL = 1
 """Higher levels save under 5 % of a patch and take up to ten times as long."""
 
 DICTIONARY_BYTES = 64 * 1024
 DICTIONARY_FROM_BYTES = 4 * 1024 * 1024
 """A blob with fewer bytes of pages does without: the dictionary would cost what it saves."""
-_DICTIONARY_SAMPLES = 2_048
+_DICTIONARY_SAMPLES = 512
 _TRAIN_K, _TRAIN_D = 512, 8
 
 Digests = npt.NDArray[np.void]
@@ -110,7 +110,9 @@ def train_dictionary(data: memoryview, *, page_size: int) -> bytes:
     """From pages spread evenly over `data`; empty where nothing can be learned from them."""
     pages = len(data) // page_size
     stride = max(1, pages // _DICTIONARY_SAMPLES)
-    samples = [bytes(data[at * page_size : (at + 1) * page_size]) for at in range(0, pages, stride)]
+    samples: list[bytes | bytearray | memoryview[int]] = [
+        bytes(data[at * page_size : (at + 1) * page_size]) for at in range(0, pages, stride)
+    ]
     try:
         trained = zstandard.train_dictionary(
             DICTIONARY_BYTES, samples, k=_TRAIN_K, d=_TRAIN_D, level=PAGE_ZSTD_LEVEL

@@ -110,7 +110,8 @@ class PageStore:
         self, db_id: int, *, generation: int | None = None, lsn: int | None = None
     ) -> ReadPoint:
         """The newest committed state, WAL included, or that at an `lsn` of the WAL which ends a
-        transaction, or a generation; to be released by the caller. Raises GenerationExpired, NotFound for a generation that never was, CorruptWal.
+        transaction, or a generation; to be released by the caller. Raises GenerationExpired,
+        NotFound for a generation that never was, CorruptWal.
         """
         if generation is not None:
             return self._generation_point(db_id, generation)
@@ -269,14 +270,16 @@ class PageStore:
         self, point: ReadPoint, chunk: "_OpenChunk", first: int, count: int
     ) -> PageRun:
         numbers = chunk.chain.layers_of(first, count)
-        whole = numbers[0] if count and (numbers == numbers[0]).all() else None
         page_nos: PageNos = np.arange(first, first + count, dtype=np.uint32)
-        if point.wal is None and whole is not None and whole != NO_LAYER:
-            pages = await (await chunk.open(int(whole))).read(page_nos)
+        in_wal = point.wal.find(first, count) if point.wal is not None else None
+        if in_wal is None and numbers[0] != NO_LAYER and (numbers == numbers[0]).all():
+            pages = await (await chunk.open(int(numbers[0]))).read(page_nos)
         else:
             pages = np.zeros((count, point.page_size), dtype=np.uint8)
-            if point.wal is not None:
-                numbers[await point.wal.fill(pages, first_page=first)] = NO_LAYER
+            if in_wal is not None:
+                assert point.wal is not None
+                await point.wal.put(pages, in_wal)
+                numbers[in_wal.done] = NO_LAYER
             for number in np.unique(numbers[numbers != NO_LAYER]).tolist():
                 rows = np.flatnonzero(numbers == number)
                 pages[rows] = await (await chunk.open(number)).read(page_nos[rows])

@@ -31,7 +31,7 @@ from app.core.formats.segment import ENTRY_HEADER_BYTES, EntryType, parse_entry_
 from app.core.formats.sqlite_wal import FRAME_HEADER_BYTES, frame_bytes
 from app.core.reads.byte_source import read_exactly_blocking
 from app.core.reads.single_flight import SingleFlight
-from app.core.stores.wal.page_index import CUT_OFF, CutOff, FramePlace, WalPageIndex
+from app.core.stores.wal.page_index import CUT_OFF, CutOff, FramePlace, GatheredPages, WalPageIndex
 
 Checksums = npt.NDArray[np.uint64]
 PageNos = npt.NDArray[np.uint32]
@@ -175,6 +175,17 @@ class WalPageReader:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FoundPages:
+    """A row for each page that was looked for: `newer` ones are frames of the log, `done` are also
+    those that were cut off, which are zeros; the others are the generation's.
+    """
+
+    places: GatheredPages
+    newer: Selection
+    done: Selection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WalPages:
     """The log's part of a read point: frames with LSNs in (base_lsn, at_lsn]. The segments that
     hold them are pinned as long as the point is.
@@ -199,29 +210,41 @@ class WalPages:
         """Raises CorruptWal."""
         return await self.reader.read_frame(place)
 
+    def find(self, first_page: int, count: int) -> FoundPages | None:
+        """What the log has of the pages [first_page, first_page + count); None: nothing."""
+        page_nos = np.arange(first_page, first_page + count, dtype=np.uint32)
+        found = self.index.gather(page_nos, at_lsn=self.at_lsn)
+        newer = found.lsns > np.uint64(self.base_lsn)
+        done = newer
+        if found.cut_off.any():
+            gone = found.cut_off & (page_nos.astype(np.int64) > self._lowest_page_count())
+            done = newer | gone
+        return FoundPages(places=found, newer=newer, done=done) if done.any() else None
+
     async def fill(self, pages: Pages, *, first_page: int) -> Selection:
         """Puts what the log has into `pages`, a row for each page from `first_page` on. Returns
         the rows that are done, those of pages that were cut off included: they stay as they are.
         Raises CorruptWal.
         """
-        count, page_size = pages.shape
-        page_nos = np.arange(first_page, first_page + count, dtype=np.uint32)
-        found = self.index.gather(page_nos, at_lsn=self.at_lsn)
-        newer = found.lsns > np.uint64(self.base_lsn)
-        for number, (_, path) in enumerate(found.segments):
-            rows = np.flatnonzero(newer & (found.segment == number))
+        found = self.find(first_page, len(pages))
+        if found is None:
+            return np.zeros(len(pages), dtype=np.bool_)
+        await self.put(pages, found)
+        return found.done
+
+    async def put(self, pages: Pages, found: FoundPages) -> None:
+        """Puts the pages that were found into their rows. Raises CorruptWal."""
+        places = found.places
+        for number, (_, path) in enumerate(places.segments):
+            rows = np.flatnonzero(found.newer & (places.segment == number))
             if len(rows):
                 pages[rows] = await self.reader.fill(
                     path,
-                    offsets=found.offsets[rows],
-                    entry_offsets=found.entry_offsets[rows],
-                    entry_bytes=found.entry_bytes[rows],
-                    page_size=page_size,
+                    offsets=places.offsets[rows],
+                    entry_offsets=places.entry_offsets[rows],
+                    entry_bytes=places.entry_bytes[rows],
+                    page_size=pages.shape[1],
                 )
-        cut_off = found.cut_off
-        if cut_off.any():
-            cut_off = cut_off & (page_nos.astype(np.int64) > self._lowest_page_count())
-        return newer | cut_off
 
     def _lowest_page_count(self) -> int:
         lowest = self.index.lowest_page_count(self.base_lsn + 1, self.at_lsn)

@@ -10,12 +10,14 @@ from app.core.checkpoint.generation_document import (
     decode_document,
     encode_document,
     restored_database,
+    restored_deltas,
     restored_generation,
     restored_rows,
 )
-from app.core.services.recovery import catalogue_rows
+from app.core.services.recovery import catalogue_rows, delta_rows
 from app.core.stores.manifest.records import (
     BlobRef,
+    ChunkDeltaRecord,
     ChunkRecord,
     DatabaseRecord,
     ForkParent,
@@ -113,3 +115,64 @@ def test_catalogue_rows_end_where_a_later_document_no_longer_names_them():
         third,
         msgspec.structs.replace(second, superseded_at=3),
     ]
+
+
+def delta(chunk_id: int, number: int, *, base_key: str = "base") -> ChunkDeltaRecord:
+    return ChunkDeltaRecord(
+        db_id=9, chunk_id=chunk_id, generation=number, delta_id=number,
+        blob=BlobRef(key=f"delta-{chunk_id}-{number}", sha256=bytes(32), crc64=7, bytes=50),
+        base_key=base_key, pages=bytes(range(256)), codec="zstd", directory_offset=64,
+        directory_bytes=300, logical_bytes=4096, count=1, origin_db_id=9,
+    )  # fmt: skip
+
+
+def drop(chunk_id: int, number: int) -> ChunkRecord:
+    return ChunkRecord(
+        db_id=9, chunk_id=chunk_id, generation=number, blob=None, first=101, last=200,
+        visible_last=100, origin_db_id=9,
+    )  # fmt: skip
+
+
+def test_deltas_and_drops_come_back():
+    rows, deltas = [row(0, 1, 1, 100), drop(1, 3)], [delta(0, 2), delta(0, 3, base_key="")]
+    published = msgspec.structs.replace(generation(3), base_chunks=0, delta_chunks=2)
+    database = msgspec.structs.replace(DATABASE, engine="libsql", wal_position=b"\x00where")
+    document = decode_document(
+        encode_document(build_document(database, published, rows, deltas)), key="k"
+    )
+    assert restored_rows(document) == rows
+    assert restored_deltas(document) == deltas
+    assert restored_database(document, floor_lsn=41).wal_position == b"\x00where"
+    assert restored_generation(document, document_key=published.document_key) == published
+    fewer = build_document(database, published, rows, deltas[:1])
+    assert not document.says_the_same_as(fewer)
+
+
+def test_deltas_are_valid_until_a_generation_leaves_them_out():
+    rows = [row(0, 1, 1, 100)]
+    documents = [
+        build_document(DATABASE, generation(1), rows, [delta(0, 1)]),
+        build_document(DATABASE, generation(2), rows, [delta(0, 1), delta(0, 2)]),
+        build_document(DATABASE, generation(3), rows, [delta(0, 3)]),
+    ]
+    assert [(found.generation, found.superseded_at) for found in delta_rows(documents)] == [
+        (1, 3),
+        (2, 3),
+        (3, None),
+    ]
+
+
+def test_a_document_of_before_deltas_still_reads():
+    plain = msgspec.json.decode(
+        zstandard.ZstdDecompressor().decompress(
+            encode_document(build_document(DATABASE, generation(3), [row(0, 1, 11, 30)]))
+        )
+    )
+    for name in ("deltas", "drops"):
+        del plain[name]
+    for name in ("base_chunks", "delta_chunks", "wal_position"):
+        del plain["generation"][name]
+    data = zstandard.ZstdCompressor().compress(msgspec.json.encode(plain))
+    document = decode_document(data, key="k")
+    assert restored_deltas(document) == []
+    assert restored_generation(document, document_key="d").base_chunks == 1
