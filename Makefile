@@ -48,7 +48,8 @@ check: lint ## lint, and the unit tests
 .PHONY: test
 test: lint ## all of it: lint, unit, integration and fault tests, with coverage
 	rm -f .coverage .coverage.*
-	$(PYTEST) tests -n $(WORKERS) --dist loadgroup -q --cov=app --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
+	$(PYTEST) tests/unit tests/integration -n $(WORKERS) --dist loadgroup -q --cov=app --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
+	$(PYTEST) tests/fault -n $(WORKERS) --dist loadgroup -q
 
 .PHONY: fault
 fault: setup ## kills, power cuts, disk and network faults
