@@ -34,18 +34,22 @@ format: setup ## format the code
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-.PHONY: check
-check: setup ## format, lint, types, import contracts, unit tests
+.PHONY: lint
+lint: setup ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+.PHONY: check
+check: lint ## lint, and the unit tests
 	$(PYTEST) tests/unit -n $(WORKERS) -q
 
 .PHONY: test
-test: check ## all of it: checks, unit, integration and fault tests, with coverage
+test: lint ## all of it: lint, unit, integration and fault tests, with coverage
 	rm -f .coverage .coverage.*
-	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml $(PYTEST) tests -n $(WORKERS) --dist loadgroup -q --cov=app --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
+	$(PYTEST) tests/unit tests/integration -n $(WORKERS) --dist loadgroup -q --cov=app --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
+	$(PYTEST) tests/fault -n $(WORKERS) --dist loadgroup -q
 
 .PHONY: fault
 fault: setup ## kills, power cuts, disk and network faults

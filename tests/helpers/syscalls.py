@@ -2,7 +2,8 @@
 
 strace prints every string in hexadecimal (`-xx`) and each descriptor with its path (`-y`), so a
 line parses without guessing. A call has the line it began on and the line it ended on; a thread
-is let go only after its line is printed, so the order of lines respects cause and effect.
+is let go only after its line is printed, so the order of lines respects cause and effect. A close
+counts from its beginning: the kernel frees the number before the call returns.
 """
 
 import re
@@ -73,7 +74,13 @@ def parse(lines: Iterator[str]) -> Iterator[Call]:
             raise StraceFailed(f"line {number} is not understood: {line[:200]!r}")
         thread, name, head, resumed, tail = matched.groups()
         if name is not None and head.endswith(_UNFINISHED):
-            unfinished[thread] = (number, name, head.removesuffix(_UNFINISHED))
+            head = head.removesuffix(_UNFINISHED)
+            unfinished[thread] = (number, name, head)
+            if name == "close":  # its number is free at once: another thread may be given it
+                yield Call(
+                    name=name, arguments=tuple(_split(head.removesuffix(")"))), result=0,
+                    result_path=None, began=number, ended=number,
+                )  # fmt: skip
             continue
         began = number
         if resumed is not None:
@@ -81,6 +88,8 @@ def parse(lines: Iterator[str]) -> Iterator[Call]:
             if name != resumed:
                 raise StraceFailed(f"line {number} resumes {resumed}, {name} was begun")
             head += tail
+            if name == "close":
+                continue
         ended = _RESULT.match(head)
         if ended is None or ended[2] == "?":
             continue  # the process ended inside the call
