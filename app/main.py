@@ -49,8 +49,8 @@ EXIT_DONE, EXIT_FAILED = 0, 1
 
 ROUTERS = (
     records,
-    wal,
     pages,
+    wal,
     images,
     image_upload,
     databases,

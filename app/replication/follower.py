@@ -33,6 +33,7 @@ from app.replication.plan import (
     TakeLock,
     View,
     Wait,
+    carried_bytes_max,
     decide,
     unsent_bytes,
 )
@@ -197,6 +198,9 @@ class Follower:
         if position is not None and position.salts == log.salts and position.checksums is not None:
             found = await self._blocking(source.checksums_at_blocking, log, position.offset)
         last = self._checkpointed_at
+        # not with `once`: who is run now and then would find the log restarted, and need an image
+        is_left = log.backfilled < log.frames and not self._once
+        is_tried = last is not None and (last.salts, last.end) == (log.salts, log.end)
         return View(
             log=log,
             lock=source.lock,
@@ -208,6 +212,7 @@ class Follower:
             or last.salts != log.salts
             or log.end >= last.end + self._limits.checkpoint_bytes // 4,
             image_reason=self._image_reason,
+            abandoned=is_left and not is_tried and await self._blocking(source.is_alone_blocking),
         )
 
     # --- do
@@ -391,7 +396,7 @@ class Follower:
             lambda: source.sqlite_checkpoint_blocking(
                 salts=log.salts,
                 offset=offset,
-                carried_bytes_max=self._limits.carried_bytes,
+                carried_bytes_max=carried_bytes_max(log, self._limits),
             )
         )
         if carried is None:

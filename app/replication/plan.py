@@ -29,6 +29,10 @@ class Limits:
     """A log of this size is copied into the database file, as SQLite itself does by default."""
     carried_bytes: int = 8 * MIB
     """Frames held in memory across a sqlite_checkpoint; with more to send, it waits."""
+    carried_bytes_max: int = 64 * MIB
+    """And once the log is longer than `log_bytes`: a service that is just as fast as the
+    application would be waited for forever.
+    """
     request_bytes: int = 64 * MIB
     request_bytes_max: int = 1024 * MIB - MIB
     """A transaction longer than a request makes it grow up to this: what the service takes."""
@@ -72,6 +76,8 @@ class View:
     """The service did not answer, and it is not yet time to ask again."""
     may_checkpoint: bool
     image_reason: str | None = None
+    abandoned: bool = False
+    """No other process has the database open, and the log is not all in the database file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +150,10 @@ def decide(view: View, limits: Limits) -> Action:
     return _go_on(view, view.position, view.lock, limits)
 
 
+def carried_bytes_max(log: Log, limits: Limits) -> int:
+    return limits.carried_bytes if log.end <= limits.log_bytes else limits.carried_bytes_max
+
+
 def unsent_bytes(log: Log, position: Position | None, carried: Carried | None) -> int:
     """How far the service is behind, as far as that can be told."""
     if position is None:
@@ -177,13 +187,19 @@ def _go_on(view: View, position: Position, lock: Log, limits: Limits) -> Action:
 
 def _same_log(view: View, position: Position, limits: Limits) -> Action:
     log = view.log
-    unsent = log.end - position.offset
-    if unsent > limits.unsent_bytes:
+    unsent, carried_max = log.end - position.offset, carried_bytes_max(log, limits)
+    if unsent > limits.unsent_bytes or (
+        log.end > 2 * limits.unsent_bytes and unsent > carried_max
+    ):
         return LetGo("the service is too far behind")
-    if view.may_checkpoint and _is_checkpoint_due(view, limits) and unsent <= limits.carried_bytes:
+    if view.may_checkpoint and _is_checkpoint_due(view, limits) and unsent <= carried_max:
         return SqliteCheckpoint(position.offset)
     if unsent > 0:
         return SendWal(position.offset, log.end, None)
+    if view.abandoned:
+        # an application may want a log of its own when it comes back (sqld does, after a crash),
+        # and the lock is no longer in its way once it reads the database file alone
+        return SqliteCheckpoint(position.offset)
     return Wait(caught_up=True)
 
 

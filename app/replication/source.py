@@ -14,9 +14,11 @@ sqlite_checkpoints. None of them does so by itself.
 """
 
 import contextlib
+import fcntl
 import os
 import sqlite3
 import struct
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -46,6 +48,11 @@ WRITE_LOCK_PAUSE_SECONDS = 0.0005
 WRITE_LOCK_TRIES = 4000
 INDEX_READS_MAX = 100
 SIDE_FILES = ("-wal", "-shm", "-journal")
+
+# struct flock of Linux: l_type, l_whence, l_start, l_len, l_pid
+_flock = struct.Struct("hhqqi0q")
+_OPEN_BYTE = 128
+"""Of -shm: whoever has the database open holds a shared lock there (UNIX_SHM_DMS in os_unix.c)."""
 
 FileId = tuple[int, int]
 
@@ -166,6 +173,17 @@ class Source:
             data = self.read_log_blocking(salts, offset, log.end)
             self._renew(passive_checkpoint=True)
             return Carried(salts=salts, offset=offset, data=data)
+
+    def is_alone_blocking(self) -> bool:
+        """Whether no other process has the database open; False where that cannot be told."""
+        if sys.platform != "linux":
+            return False
+        asked = _flock.pack(fcntl.F_WRLCK, os.SEEK_SET, _OPEN_BYTE, 1, 0)
+        try:
+            answer = fcntl.fcntl(self._index_fd, fcntl.F_GETLK, asked)
+        except OSError:
+            return False
+        return bool(_flock.unpack(answer)[0] == fcntl.F_UNLCK)
 
     def backfill_blocking(self) -> None:
         """Without the lock: shortens a log that nobody else shortens."""

@@ -63,7 +63,7 @@ def body(source: random.Random, size: int) -> bytes:
 def changes_of(seed: int, tx: int) -> Iterator[Change]:
     source = random.Random(f"{seed}-{tx}")
     for _ in range(source.randrange(1, 4)):
-        match source.choices(("insert", "update", "delete", "blob"), (6, 4, 2, 0.6))[0]:
+        match source.choices(("insert", "update", "delete", "blob"), (6, 4, 1, 0.8))[0]:
             case "insert":
                 size = source.choice((20, 300, 5000))
                 first = tx * 1000 + source.randrange(900)
@@ -77,7 +77,7 @@ def changes_of(seed: int, tx: int) -> Iterator[Change]:
                     body(source, source.choice((10, 300, 4000))),
                 )  # fmt: skip
             case "delete":
-                yield Delete(source.randrange(4, 9), source.randrange(4))
+                yield Delete(source.randrange(5, 12), source.randrange(5))
             case "blob":
                 yield Insert(((tx * 1000 + 999, body(source, source.randrange(BLOB_BYTES))),))
 

@@ -282,11 +282,18 @@ STEPS = st.lists(
 def change(source: Source, kind: str, number: int, size: int, shapes: random.Random) -> None:
     db = source.connection
     if kind == "fold":
-        return  # only what was sent may be folded: the caller does it
+        if source.offset == len(source.log):  # only what was sent may be folded
+            source.fold()
+        return
     if kind == "vacuum":
         db.execute("VACUUM")
         return
     db.execute("BEGIN")
+    write(db, kind, number, size, shapes)
+    db.execute("COMMIT")
+
+
+def write(db: sqlite3.Connection, kind: str, number: int, size: int, shapes: random.Random) -> None:
     match kind:
         case "insert":
             rows = [(shapes.randbytes(size // 2) + bytes(size // 2),) for _ in range(number)]
@@ -303,7 +310,6 @@ def change(source: Source, kind: str, number: int, size: int, shapes: random.Ran
             db.execute(f"CREATE TABLE IF NOT EXISTS t{number} AS SELECT * FROM t")
         case "drop":
             db.execute(f"DROP TABLE IF EXISTS t{number}")
-    db.execute("COMMIT")
 
 
 @settings(
@@ -332,14 +338,9 @@ async def test_any_generation_of_any_history_comes_back(
         source.app = app
         source.connection.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, x)")
         await source.send_log(server.client)
-        sent = source.copy()
         for changes, way, then in steps:
             for kind, number, size in changes:
-                if kind == "fold":
-                    if source.offset == len(source.log):
-                        source.fold()
-                else:
-                    change(source, kind, number, size, shapes)
+                change(source, kind, number, size, shapes)
             if way == "image":
                 await source.send_image(server.client)
             elif source.log:
@@ -348,18 +349,23 @@ async def test_any_generation_of_any_history_comes_back(
             if then == "checkpoint":
                 result = await checkpoint(server.client, name)
                 history[result["generation"]] = sent
-            elif then == "restart":
-                await server.kill9()
-                await server.start()
-            elif then == "cold":
-                await server.terminate()
-                shutil.rmtree(server.data_dir / "hot_cache")
-                await server.start()
+            elif then:
+                await start_again(server, cold=then == "cold")
             assert await image(server.client, app) == sent
             await check_some(server.client, app, sent, page_size, shapes)
     for generation, content in history.items():
         assert await image(server.client, app, generation=generation) == content
         await check_some(server.client, app, content, page_size, shapes, generation=generation)
+
+
+async def start_again(server: ServerProcess, *, cold: bool) -> None:
+    """After `kill -9`, or in order and without a local copy of any blob."""
+    if cold:
+        await server.terminate()
+        shutil.rmtree(server.data_dir / "hot_cache")
+    else:
+        await server.kill9()
+    await server.start()
 
 
 async def check_some(

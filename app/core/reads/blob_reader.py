@@ -2,11 +2,13 @@
 
 Invariants: I10: bytes leave here only through a `decode` that has checked them. Damage in the hot
 cache drops that file, and the remote copy is read; damage on the way from the remote store is
-fetched once more; what is still wrong is CorruptBlob.
+fetched once more; what is still wrong is CorruptBlob. I11: of remote blobs only small ones are
+kept, as they came, up to a limit: a small delta costs one request, whatever is read of it.
 Concurrency: fetches of one open blob may run side by side. Cancellation: a blob's owner closes it.
 Crash: nothing here is written.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -19,6 +21,10 @@ from app.core.reads.byte_source import RemoteBlob, Tier, read_exactly_blocking
 from app.core.reads.log_reader import REMOTE_READS, BlobCache, CachedBlob
 from app.core.stores.manifest.records import BlobRef
 from app.core.stores.remote.protocol import BlobMissing, RemoteStore
+
+SMALL_BLOB_BYTES = 128 * 1024
+"""A request costs more time than this many bytes do."""
+SMALL_BLOBS_KEPT_BYTES = 8 * 1024 * 1024
 
 T = TypeVar("T")
 
@@ -34,7 +40,11 @@ class BlobReader:
         pool: BlockingPool,
         clock: Clock,
         events: Events,
+        small_blob_bytes: int = SMALL_BLOB_BYTES,
     ) -> None:
+        self.small_blobs = SmallBlobs(
+            each_bytes=small_blob_bytes, limit_bytes=SMALL_BLOBS_KEPT_BYTES
+        )
         self.remote = remote
         self.hot_cache = hot_cache
         self.pool = pool
@@ -97,22 +107,33 @@ class OpenBlob:
 
     async def _fetch_remote(self, first: int, length: int, decode: Callable[[bytes], T]) -> T:
         reader = self._reader
-        source = RemoteBlob(reader.remote(), self._blob.key)
         for attempt in range(1, REMOTE_READS + 1):
             started = reader.clock.monotonic()
             try:
-                result = await reader.pool.run(decode, await source.read(first, length))
+                result = await reader.pool.run(decode, await self._read_remote(first, length))
             except BlobMissing as error:
                 self._tell("remote", error)
                 raise corrupt_blob(self._blob, "The blob is gone from the remote store.") from error
             except (Damage, CorruptBlob) as error:
                 self._tell("remote", error)
+                reader.small_blobs.drop(self._blob)
                 if attempt == REMOTE_READS:
                     raise corrupt_blob(self._blob, f"The blob is damaged: {error}.") from error
             else:
                 self._tell_served("remote", length, started)
                 return result
         raise AssertionError("unreachable")
+
+    async def _read_remote(self, first: int, length: int) -> bytes:
+        blob, small = self._blob, self._reader.small_blobs
+        whole = small.get(blob)
+        if whole is None:
+            source = RemoteBlob(self._reader.remote(), blob.key)
+            if not small.takes(blob):
+                return await source.read(first, length)
+            whole = await source.read(0, blob.bytes)
+            small.put(blob, whole)
+        return whole[first : first + length]
 
     async def _drop(self, file: CachedBlob) -> None:
         if self._file is file:
@@ -139,6 +160,38 @@ class OpenBlob:
         self._reader.events.error(
             "read.damaged", tier=tier, key=self._blob.key, error=f"{type(error).__name__}: {error}"
         )
+
+
+class SmallBlobs:
+    """Objects as they came: not yet checked. Least recently used go first."""
+
+    def __init__(self, *, each_bytes: int, limit_bytes: int) -> None:
+        self._each_bytes = each_bytes
+        self._limit_bytes = limit_bytes
+        self._used_bytes = 0
+        self._blobs: OrderedDict[bytes, bytes] = OrderedDict()
+
+    def takes(self, blob: BlobRef) -> bool:
+        return blob.bytes <= self._each_bytes
+
+    def get(self, blob: BlobRef) -> bytes | None:
+        data = self._blobs.get(blob.sha256)
+        if data is not None:
+            self._blobs.move_to_end(blob.sha256)
+        return data
+
+    def put(self, blob: BlobRef, data: bytes) -> None:
+        self.drop(blob)
+        self._blobs[blob.sha256] = data
+        self._used_bytes += len(data)
+        while self._used_bytes > self._limit_bytes:
+            _, oldest = self._blobs.popitem(last=False)
+            self._used_bytes -= len(oldest)
+
+    def drop(self, blob: BlobRef) -> None:
+        data = self._blobs.pop(blob.sha256, None)
+        if data is not None:
+            self._used_bytes -= len(data)
 
 
 def corrupt_blob(blob: BlobRef, detail: str) -> CorruptBlob:

@@ -24,7 +24,7 @@ from app.core.base.errors import CorruptWal, DatabaseNotFound, GenerationExpired
 from app.core.base.events import Events
 from app.core.base.tasks import BlockingPool, TaskScope
 from app.core.formats.sqlite_wal import lock_byte_page
-from app.core.reads.blob_reader import BlobReader
+from app.core.reads.blob_reader import SMALL_BLOB_BYTES, BlobReader
 from app.core.reads.delta_chain import NO_LAYER, DeltaChain, Layer, delta_chain
 from app.core.reads.log_reader import BlobCache
 from app.core.reads.page_blobs import OpenPages, PageBlobs, PageTier
@@ -80,6 +80,7 @@ class PageStore:
         events: Events,
         window_bytes: int = WINDOW_BYTES,
         read_ahead_windows: int = READ_AHEAD_WINDOWS,
+        small_blob_bytes: int = SMALL_BLOB_BYTES,
     ) -> None:
         self._manifest = manifest
         self._wal = wal
@@ -91,7 +92,14 @@ class PageStore:
         # Whoever waits for a fetch is told of its error; of one nobody waits for, nobody cares.
         self._scope = TaskScope("pages", on_error=lambda _: None)
         self._blobs = PageBlobs(
-            BlobReader(remote=remote, hot_cache=hot_cache, pool=pool, clock=clock, events=events),
+            BlobReader(
+                remote=remote,
+                hot_cache=hot_cache,
+                pool=pool,
+                clock=clock,
+                events=events,
+                small_blob_bytes=small_blob_bytes,
+            ),
             cache,
             scope=self._scope,
         )
@@ -124,7 +132,8 @@ class PageStore:
         base_lsn = published.last_lsn if published is not None else 0
         commit = index.commit_at(log.durable_lsn if lsn is None else lsn)
         wal = None
-        lsn, page_count = base_lsn, published.page_count if published is not None else 0
+        published_page_count = published.page_count if published is not None else 0
+        lsn, page_count = base_lsn, published_page_count
         on_release: list[Callable[[], None]] = []
         if commit is not None and commit.lsn > base_lsn:
             lsn, page_count = commit.lsn, commit.page_count
@@ -133,8 +142,8 @@ class PageStore:
         number = published.generation if published is not None else 0
         on_release.append(self._pins.pin(db_id, number))
         return ReadPoint(
-            database=database, generation=number, lsn=lsn, page_count=page_count, wal=wal,
-            _on_release=on_release,
+            database=database, generation=number, lsn=lsn, page_count=page_count,
+            published_page_count=published_page_count, wal=wal, _on_release=on_release,
         )  # fmt: skip
 
     def _newest(self, db_id: int) -> tuple[DatabaseRecord, GenerationRecord | None]:
@@ -161,7 +170,7 @@ class PageStore:
             )
         return ReadPoint(
             database=database, generation=generation, lsn=record.last_lsn,
-            page_count=record.page_count, wal=None,
+            page_count=record.page_count, published_page_count=record.page_count, wal=None,
             _on_release=[self._pins.pin(db_id, generation)],
         )  # fmt: skip
 
@@ -196,7 +205,7 @@ class PageStore:
         self, point: ReadPoint, page_no: int, options: FetchOptions
     ) -> tuple[bytes, PageTier]:
         chain = self.chain(point, (page_no - 1) // point.pages_per_chunk)
-        layer = chain.layer_of(page_no)
+        layer = chain.layer_of(page_no) if page_no <= point.published_page_count else None
         found = None
         if layer is not None:
             found = await self._blobs.read_page(layer, page_no, options)
@@ -271,6 +280,7 @@ class PageStore:
     ) -> PageRun:
         numbers = chunk.chain.layers_of(first, count)
         page_nos: PageNos = np.arange(first, first + count, dtype=np.uint32)
+        numbers[page_nos > point.published_page_count] = NO_LAYER
         in_wal = point.wal.find(first, count) if point.wal is not None else None
         if in_wal is None and numbers[0] != NO_LAYER and (numbers == numbers[0]).all():
             pages = await (await chunk.open(int(numbers[0]))).read(page_nos)

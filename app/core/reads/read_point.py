@@ -29,6 +29,9 @@ class ReadPoint:
     generation: int
     lsn: int
     page_count: int
+    published_page_count: int
+    """Of the generation. Blobs may hold pages beyond it, from before the database shrank: they are
+    not its content (I5), and one that grew again without writing them reads as zeros."""
     wal: WalPages | None
     _on_release: list[Callable[[], None]] = field(default_factory=list, repr=False)
 

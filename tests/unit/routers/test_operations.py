@@ -247,3 +247,16 @@ async def test_docs_are_served(client):
     answer = await client.get("/docs")
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/html")
+
+
+async def test_caches(client):
+    answer = await client.get("/debug/cache")
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "page_cache": {
+            "limit_bytes": 10, "used_bytes": 1, "entries": 2, "hits": 3, "misses": 4,
+        },
+        "hot_cache": {
+            "limit_bytes": 20, "used_bytes": 6, "entries": 7, "hits": 8, "misses": 9,
+        },
+    }  # fmt: skip

@@ -19,7 +19,9 @@ PER_CHUNK = CHUNK // PAGE
 
 @pytest.fixture
 async def db(tmp_path):
-    async with paged_database(tmp_path, page_size=PAGE, chunk_bytes=CHUNK) as db:
+    async with paged_database(
+        tmp_path, page_size=PAGE, chunk_bytes=CHUNK, small_blob_bytes=0
+    ) as db:
         yield db
 
 
@@ -129,6 +131,29 @@ async def test_the_wal_is_newer_than_what_is_published(db):
     assert await at(db, 1) == db.expected(1)
 
 
+@pytest.mark.parametrize("page_size", [512, 4096])
+async def test_any_log_reads_as_what_was_written(tmp_path, page_size):
+    """Bulk reads gather frames of many entries and segments; single reads find the same."""
+    source = random.Random(page_size)
+    chunk_bytes = max(CHUNK, page_size)
+    async with paged_database(tmp_path, page_size=page_size, chunk_bytes=chunk_bytes) as db:
+        for _ in range(60):
+            count = source.choice([0, 0, 0, 20, 90]) or None
+            top = count or max(db.page_count, source.randrange(1, 120))
+            numbers = source.sample(range(1, top + 1), min(top, source.randrange(1, 30)))
+            await db.append(
+                {n: made_page(source.randrange(50), page_size) for n in numbers}, page_count=top
+            )
+            if source.random() < 0.2:
+                await db.wal.log(db.db_id).seal()
+            if source.random() < 0.3:
+                assert await newest(db) == db.expected()
+        with await db.store.point(db.db_id) as point:
+            for number in range(1, point.page_count + 1):
+                read = await db.store.read_page(point, number)
+                assert read.data == db.content.get(number, bytes(page_size))
+
+
 async def test_a_point_stays_as_it_was(db):
     await db.append({n: page(n) for n in range(1, 40)})
     before = db.expected()
@@ -147,6 +172,19 @@ async def test_pages_that_were_cut_off_do_not_come_back(db):
     assert await newest(db) == db.expected()
     assert db.expected()[19 * PAGE : 20 * PAGE] == bytes(PAGE)
     assert await tier_of(db, 20) == "wal"
+    assert await tier_of(db, 5) == "local"
+
+
+async def test_pages_cut_off_by_a_publication_do_not_come_back(db):
+    """The base still holds them, the generation does not; the log that cut them off is gone."""
+    await db.publish(rewrites={0: {n: page(n) for n in range(1, 41)}}, last_lsn=0)
+    await db.publish(deltas={0: {1: page(101)}}, page_count=10, last_lsn=0)
+    for number in range(11, 41):
+        db.content.pop(number, None)
+    await db.append({1: page(102), 30: page(130)}, page_count=35)
+    assert await newest(db) == db.expected()
+    assert db.expected()[19 * PAGE : 20 * PAGE] == bytes(PAGE)
+    assert await tier_of(db, 20) == "page_cache"
     assert await tier_of(db, 5) == "local"
 
 
@@ -307,30 +345,49 @@ async def test_a_damaged_local_file_is_dropped_and_read_remotely(db):
     assert [fields["tier"] for name, fields in db.told if name == "read.damaged"] == ["local"] * 2
 
 
-async def test_every_flipped_byte_of_a_remote_blob_is_found(tmp_path):
+async def test_every_flipped_byte_of_a_remote_blob_is_found(db):
+    await db.publish(rewrites={0: {n: page(n) for n in range(1, 33)}}, local=False)
+    await db.publish(deltas={0: {n: changed(page(n)) for n in (3, 7, 30)}}, local=False)
+    rows = {}
+    with db.manifest.read() as view:
+        for row in (*view.chunk_rows_of(db.db_id, 0), *view.delta_rows_of(db.db_id, 0)):
+            rows[row.blob.key] = row
+    for key, row in rows.items():
+        intact = db.remote.objects[key]
+        for at_byte in range(0, len(intact), 11):
+            db.remote.objects[key] = flip(intact, at_byte)
+            db.store._blobs._directories._directories.clear()
+            db.store._blobs._directories.used_bytes = 0
+            # Header and digests are not for readers.
+            digests_at = row.directory_offset - 16 * row.count
+            if at_byte < 64 or digests_at <= at_byte < row.directory_offset:
+                assert await newest(db) == db.expected()
+            else:
+                with pytest.raises(CorruptBlob) as refused:
+                    await newest(db)
+                assert refused.value.fields["key"] == key
+        db.remote.objects[key] = intact
+    assert await newest(db) == db.expected()
+
+
+async def test_a_small_blob_takes_one_read_and_is_fetched_again_if_damaged(tmp_path):
     async with paged_database(tmp_path, page_size=PAGE, chunk_bytes=CHUNK) as db:
-        await db.publish(rewrites={0: {n: page(n) for n in range(1, 33)}}, local=False)
-        await db.publish(deltas={0: {n: changed(page(n)) for n in (3, 7, 30)}}, local=False)
-        rows = {}
-        with db.manifest.read() as view:
-            for row in (*view.chunk_rows_of(db.db_id, 0), *view.delta_rows_of(db.db_id, 0)):
-                rows[row.blob.key] = row
-        for key, row in rows.items():
-            intact = db.remote.objects[key]
-            for at_byte in range(0, len(intact), 11):
-                db.remote.objects[key] = flip(intact, at_byte)
-                db.store._blobs._directories._directories.clear()
-                db.store._blobs._directories.used_bytes = 0
-                # Header and digests are not for readers.
-                digests_at = row.directory_offset - 16 * row.count
-                if at_byte < 64 or digests_at <= at_byte < row.directory_offset:
-                    assert await newest(db) == db.expected()
-                else:
-                    with pytest.raises(CorruptBlob) as refused:
-                        await newest(db)
-                    assert refused.value.fields["key"] == key
-            db.remote.objects[key] = intact
+        await db.publish(rewrites={0: {n: page(n) for n in range(1, 129)}}, local=False)
+        await db.publish(deltas={0: {n: changed(page(n)) for n in (3, 7)}}, local=False)
+        flips = iter([True, False, False])
+        db.remote.on_read = lambda _key, _first, data: (
+            flip(data, len(data) - 9) if next(flips) else data
+        )
+        assert await tier_of(db, 3) == "remote"
+        assert len(db.remote.reads) == 3, "the delta twice, its base once"
         assert await newest(db) == db.expected()
+        assert len(db.remote.reads) == 3
+        db.store._blobs._reader.small_blobs._limit_bytes = 0
+        small = db.store._blobs._reader.small_blobs
+        with db.manifest.read() as view:
+            (delta,) = view.delta_rows_of(db.db_id, 0)
+        small.put(delta.blob, b"x")
+        assert (small.get(delta.blob), small._used_bytes) == (None, 0)
 
 
 async def test_damage_on_the_way_is_fetched_once_more(db):

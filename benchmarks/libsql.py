@@ -1,0 +1,192 @@
+"""SQLite databases in S3: bytes, times and CPU against Litestream's, on the same SeaweedFS.
+
+Each peer has its own bucket, its own copy of the same file and the same changes. Litestream runs
+with `-once`, so that its later compactions, which upload everything again, are not counted.
+"""
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from sqlite3 import Connection
+
+from benchmarks.bucket import added_bytes, objects
+from benchmarks.orders import (
+    application,
+    contents,
+    insert_and_delete,
+    make_database_blocking,
+    update_in_place,
+)
+from benchmarks.peers import Checkpointing, Litestream, Peer, copy_blocking, cpu_seconds, started
+from benchmarks.report import Result
+from benchmarks.service import service
+from tests.helpers.seaweed import SeaweedS3
+
+MIB = 1024 * 1024
+DATABASE_BYTES = 256 * MIB
+CHANGES = 10_000
+ROUNDS = 3
+IDLE_DATABASES = 50
+IDLE_BYTES = 256 * 1024
+IDLE_SECONDS = 20.0
+SETTLE_SECONDS = 15.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sides:
+    """The two peers and what they share."""
+
+    seaweed: SeaweedS3
+    ours: Checkpointing
+    theirs: Litestream
+    service: asyncio.subprocess.Process
+    directory: Path
+
+
+async def against_litestream(work: Path) -> list[Result]:
+    async with _sides(work / "libsql") as sides:
+        source = sides.directory / "source.db"
+        make_database_blocking(source, size_bytes=DATABASE_BYTES)
+        results = await _first_uploads(sides, source)
+        results += await _changes(sides, source)
+        results.append(await _idle(sides))
+        return results
+
+
+def _at_most(name: str, *, ours: float, theirs: float, unit: str, target: float) -> Result:
+    ratio = ours / theirs
+    return Result(
+        name=name,
+        measured=f"{ours:,.2f} {unit}",
+        ceiling=f"{theirs:,.2f} {unit}",
+        ratio=ratio,
+        target=f"≤ {target}",
+        met=ratio <= target,
+    )
+
+
+@asynccontextmanager
+async def _sides(directory: Path) -> AsyncIterator[_Sides]:
+    directory.mkdir(parents=True)
+    with SeaweedS3.running(directory / "seaweed") as seaweed:
+        os.environ.update(seaweed.environment())
+        bucket = seaweed.bucket()
+        settings = {
+            "remote_url": f"s3://{bucket}/service",
+            "s3_endpoint_url": seaweed.endpoint,
+            "s3_region": seaweed.region,
+        }
+        async with service(directory / "data", **settings) as (port, process):
+            yield _Sides(
+                seaweed=seaweed, ours=Checkpointing(port, bucket),
+                theirs=Litestream(seaweed, directory), service=process, directory=directory,
+            )  # fmt: skip
+
+
+async def _first_uploads(sides: _Sides, source: Path) -> list[Result]:
+    """In turn, each time another database with the same content; the best time of each counts."""
+    seconds: dict[Peer, float] = {}
+    size: dict[Peer, int] = {}
+    for number in range(ROUNDS):
+        for peer in (sides.theirs, sides.ours):
+            copy = copy_blocking(source, sides.directory / f"{type(peer).__name__}{number}".lower() / f"first{number}.db")
+            before = await objects(sides.seaweed, peer.bucket)
+            taken = await peer.sync(copy)
+            size[peer] = added_bytes(before, await objects(sides.seaweed, peer.bucket))
+            seconds[peer] = min(taken, seconds.get(peer, taken))
+            shutil.rmtree(copy.parent)
+    return [
+        _at_most(
+            "first upload of a 256 MiB database: bytes ÷ Litestream's",
+            ours=size[sides.ours] / MIB, theirs=size[sides.theirs] / MIB, unit="MiB", target=0.6,
+        ),
+        _at_most(
+            "first upload of a 256 MiB database: time ÷ Litestream's",
+            ours=seconds[sides.ours], theirs=seconds[sides.theirs], unit="s", target=1.0,
+        ),
+    ]  # fmt: skip
+
+
+async def _changes(sides: _Sides, source: Path) -> list[Result]:
+    """The application stays connected: its log is followed, not replaced by a new image."""
+    peers: tuple[Peer, ...] = (sides.theirs, sides.ours)
+    copies = {
+        peer: copy_blocking(source, sides.directory / type(peer).__name__.lower() / "app.db")
+        for peer in peers
+    }
+    added: dict[str, dict[Peer, float]] = {}
+    with ExitStack() as stack:
+        applications = {peer: stack.enter_context(application(copies[peer])) for peer in peers}
+        for peer in peers:
+            await peer.sync(copies[peer])
+        kinds: dict[str, Callable[[Connection], None]] = {
+            "updates": lambda connection: update_in_place(connection, count=CHANGES),
+            "inserts and deletes": lambda connection: insert_and_delete(connection, count=CHANGES),
+        }
+        for kind, change in kinds.items():
+            added[kind] = {}
+            for peer in peers:
+                await asyncio.to_thread(lambda: None)
+                change(applications[peer])
+                before = await objects(sides.seaweed, peer.bucket)
+                await peer.sync(copies[peer])
+                after = await objects(sides.seaweed, peer.bucket)
+                added[kind][peer] = added_bytes(before, after) / MIB
+    seconds = await _restores(sides, copies)
+    return [
+        _at_most(
+            "10,000 scattered in-place row updates: bytes uploaded ÷ Litestream's",
+            ours=added["updates"][sides.ours], theirs=added["updates"][sides.theirs],
+            unit="MiB", target=0.15,
+        ),
+        _at_most(
+            "5,000 inserts and 5,000 scattered deletes: bytes uploaded ÷ Litestream's",
+            ours=added["inserts and deletes"][sides.ours],
+            theirs=added["inserts and deletes"][sides.theirs], unit="MiB", target=0.6,
+        ),
+        _at_most(
+            "restore of the changed 256 MiB database, checked: time ÷ Litestream's",
+            ours=seconds[sides.ours], theirs=seconds[sides.theirs], unit="s", target=0.5,
+        ),
+    ]  # fmt: skip
+
+
+async def _restores(sides: _Sides, copies: dict[Peer, Path]) -> dict[Peer, float]:
+    """In turn; the best of each counts, and both must have brought back the same rows."""
+    seconds: dict[Peer, float] = {}
+    expected = contents(copies[sides.theirs])
+    for number in range(ROUNDS):
+        for peer, copy in copies.items():
+            target = sides.directory / f"restored{number}.db"
+            taken = await peer.restore(copy, target)
+            seconds[peer] = min(taken, seconds.get(peer, taken))
+            if contents(target) != expected:
+                raise RuntimeError(f"{type(peer).__name__} brought back something else")
+            target.unlink()
+    return seconds
+
+
+async def _idle(sides: _Sides) -> Result:
+    """CPU seconds of the followers alone and of the service with them, over the same time."""
+    small = sides.directory / "small.db"
+    make_database_blocking(small, size_bytes=IDLE_BYTES)
+    cpu: dict[Peer, float] = {}
+    for peer in (sides.theirs, sides.ours):
+        directory = sides.directory / f"idle-{type(peer).__name__.lower()}"
+        databases = [copy_blocking(small, directory / f"idle{n}.db") for n in range(IDLE_DATABASES)]
+        async with started(peer.following(databases)) as follower:
+            await asyncio.sleep(SETTLE_SECONDS)
+            watched = [follower, *([sides.service] if peer is sides.ours else [])]
+            before, at = sum(map(cpu_seconds, watched)), time.perf_counter()
+            await asyncio.sleep(IDLE_SECONDS)
+            elapsed = time.perf_counter() - at
+            cpu[peer] = (sum(map(cpu_seconds, watched)) - before) / elapsed * 1000
+    return _at_most(
+        "50 idle databases followed, service included: CPU ÷ Litestream's",
+        ours=cpu[sides.ours], theirs=cpu[sides.theirs], unit="ms/s", target=1.0,
+    )
