@@ -188,9 +188,7 @@ def _go_on(view: View, position: Position, lock: Log, limits: Limits) -> Action:
 def _same_log(view: View, position: Position, limits: Limits) -> Action:
     log = view.log
     unsent, carried_max = log.end - position.offset, carried_bytes_max(log, limits)
-    if unsent > limits.unsent_bytes or (
-        log.end > 2 * limits.unsent_bytes and unsent > carried_max
-    ):
+    if unsent > limits.unsent_bytes or (log.end > 2 * limits.unsent_bytes and unsent > carried_max):
         return LetGo("the service is too far behind")
     if view.may_checkpoint and _is_checkpoint_due(view, limits) and unsent <= carried_max:
         return SqliteCheckpoint(position.offset)
