@@ -33,8 +33,10 @@ CHANGES = 10_000
 ROUNDS = 3
 IDLE_DATABASES = 50
 IDLE_BYTES = 256 * 1024
-IDLE_SECONDS = 20.0
-SETTLE_SECONDS = 15.0
+IDLE_SECONDS = 35.0
+"""Litestream looks for something to compact every 30 s."""
+QUIET_SECONDS = 10.0
+SETTLED_WITHIN_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +56,9 @@ async def against_litestream(work: Path) -> list[Result]:
         make_database_blocking(source, size_bytes=DATABASE_BYTES)
         results = await _first_uploads(sides, source)
         results += await _changes(sides, source)
+    async with _sides(work / "idle") as sides:
         results.append(await _idle(sides))
-        return results
+    return results
 
 
 def _at_most(name: str, *, ours: float, theirs: float, unit: str, target: float) -> Result:
@@ -94,12 +97,12 @@ async def _first_uploads(sides: _Sides, source: Path) -> list[Result]:
     size: dict[Peer, int] = {}
     for number in range(ROUNDS):
         for peer in (sides.theirs, sides.ours):
-            copy = copy_blocking(source, sides.directory / f"{type(peer).__name__}{number}".lower() / f"first{number}.db")
+            copy = copy_blocking(source, _directory(sides, peer) / f"first{number}.db")
             before = await objects(sides.seaweed, peer.bucket)
             taken = await peer.sync(copy)
             size[peer] = added_bytes(before, await objects(sides.seaweed, peer.bucket))
             seconds[peer] = min(taken, seconds.get(peer, taken))
-            shutil.rmtree(copy.parent)
+            shutil.rmtree(copy.parent)  # with what Litestream keeps beside it
     return [
         _at_most(
             "first upload of a 256 MiB database: bytes ÷ Litestream's",
@@ -115,10 +118,7 @@ async def _first_uploads(sides: _Sides, source: Path) -> list[Result]:
 async def _changes(sides: _Sides, source: Path) -> list[Result]:
     """The application stays connected: its log is followed, not replaced by a new image."""
     peers: tuple[Peer, ...] = (sides.theirs, sides.ours)
-    copies = {
-        peer: copy_blocking(source, sides.directory / type(peer).__name__.lower() / "app.db")
-        for peer in peers
-    }
+    copies = {peer: copy_blocking(source, _directory(sides, peer) / "app.db") for peer in peers}
     added: dict[str, dict[Peer, float]] = {}
     with ExitStack() as stack:
         applications = {peer: stack.enter_context(application(copies[peer])) for peer in peers}
@@ -131,7 +131,6 @@ async def _changes(sides: _Sides, source: Path) -> list[Result]:
         for kind, change in kinds.items():
             added[kind] = {}
             for peer in peers:
-                await asyncio.to_thread(lambda: None)
                 change(applications[peer])
                 before = await objects(sides.seaweed, peer.bucket)
                 await peer.sync(copies[peer])
@@ -172,21 +171,45 @@ async def _restores(sides: _Sides, copies: dict[Peer, Path]) -> dict[Peer, float
 
 
 async def _idle(sides: _Sides) -> Result:
-    """CPU seconds of the followers alone and of the service with them, over the same time."""
+    """CPU time of the follower, and of our service with it, once all is uploaded."""
     small = sides.directory / "small.db"
-    make_database_blocking(small, size_bytes=IDLE_BYTES)
+    make_database_blocking(small, size_bytes=IDLE_BYTES, rows_per_commit=500)
     cpu: dict[Peer, float] = {}
     for peer in (sides.theirs, sides.ours):
-        directory = sides.directory / f"idle-{type(peer).__name__.lower()}"
+        directory = _directory(sides, peer) / "idle"
         databases = [copy_blocking(small, directory / f"idle{n}.db") for n in range(IDLE_DATABASES)]
+        await peer.sync_all(databases)
         async with started(peer.following(databases)) as follower:
-            await asyncio.sleep(SETTLE_SECONDS)
+            await _settled(sides, peer)
             watched = [follower, *([sides.service] if peer is sides.ours else [])]
             before, at = sum(map(cpu_seconds, watched)), time.perf_counter()
             await asyncio.sleep(IDLE_SECONDS)
             elapsed = time.perf_counter() - at
+            if follower.returncode is not None:
+                raise RuntimeError(f"{type(peer).__name__} ended with {follower.returncode}")
             cpu[peer] = (sum(map(cpu_seconds, watched)) - before) / elapsed * 1000
+        shutil.rmtree(directory)
     return _at_most(
-        "50 idle databases followed, service included: CPU ÷ Litestream's",
+        "50 idle databases followed, our service included: CPU ÷ Litestream's",
         ours=cpu[sides.ours], theirs=cpu[sides.theirs], unit="ms/s", target=1.0,
-    )
+    )  # fmt: skip
+
+
+async def _settled(sides: _Sides, peer: Peer) -> None:
+    """Every database is in the bucket, and nothing came for a while."""
+    seen, quiet_since = await objects(sides.seaweed, peer.bucket), time.perf_counter()
+    deadline = quiet_since + SETTLED_WITHIN_SECONDS
+    while time.perf_counter() < deadline:
+        await asyncio.sleep(1)
+        now = await objects(sides.seaweed, peer.bucket)
+        if now != seen:
+            seen, quiet_since = now, time.perf_counter()
+        missing = {f"idle{n}" for n in range(IDLE_DATABASES)}
+        missing -= {part for key, _ in seen for part in key.split("/")}
+        if not missing and time.perf_counter() - quiet_since >= QUIET_SECONDS:
+            return
+    raise RuntimeError(f"{type(peer).__name__} does not come to rest")
+
+
+def _directory(sides: _Sides, peer: Peer) -> Path:
+    return sides.directory / type(peer).__name__.lower()

@@ -43,9 +43,10 @@ class OrderSource:
         draw = self._random
         words = self._text(draw.randint(12, 40))
         name, domain = words[:2]
+        country = draw.choice(("DE", "FR", "US"))
         attributes = (
             f'{{"source":"{draw.choice(("web", "app", "partner"))}","items":{draw.randint(1, 9)},'
-            f'"weight_grams":{draw.randint(50, 9000)},"country":"{draw.choice(("DE", "FR", "US"))}",'
+            f'"weight_grams":{draw.randint(50, 9000)},"country":"{country}",'
             f'"discount":{draw.random():.4f},"warehouse":"{words[2]}"}}'
         )
         return (
@@ -77,7 +78,9 @@ class OrderSource:
         return self._random.choices(self._words, cum_weights=self._word_weights, k=count)
 
 
-def make_database_blocking(path: Path, *, size_bytes: int) -> None:
+def make_database_blocking(
+    path: Path, *, size_bytes: int, rows_per_commit: int = ROWS_PER_COMMIT
+) -> None:
     """In WAL mode, everything in the file itself."""
     source = OrderSource(7)
     connection = sqlite3.connect(path, isolation_level=None)
@@ -89,7 +92,7 @@ def make_database_blocking(path: Path, *, size_bytes: int) -> None:
         connection.executescript(_SCHEMA)
         while path.stat().st_size < size_bytes:
             connection.execute("BEGIN")
-            insert(connection, source, ROWS_PER_COMMIT)
+            insert(connection, source, rows_per_commit)
             connection.execute("COMMIT")
         connection.execute("PRAGMA journal_mode = WAL")
     finally:

