@@ -56,7 +56,7 @@ async def against_litestream(work: Path) -> list[Result]:
         make_database_blocking(source, size_bytes=DATABASE_BYTES)
         results = await _first_uploads(sides, source)
         results += await _changes(sides, source)
-    async with _sides(work / "idle", checkpoint_interval_seconds="10") as sides:
+    async with _sides(work / "idle") as sides:
         results.append(await _idle(sides))
     return results
 
@@ -74,17 +74,17 @@ def _at_most(name: str, *, ours: float, theirs: float, unit: str, target: float)
 
 
 @asynccontextmanager
-async def _sides(directory: Path, **settings: str) -> AsyncIterator[_Sides]:
+async def _sides(directory: Path) -> AsyncIterator[_Sides]:
     directory.mkdir(parents=True)
     with SeaweedS3.running(directory / "seaweed") as seaweed:
         os.environ.update(seaweed.environment())
         bucket = seaweed.bucket()
-        remote = {
+        settings = {
             "remote_url": f"s3://{bucket}/service",
             "s3_endpoint_url": seaweed.endpoint,
             "s3_region": seaweed.region,
         }
-        async with service(directory / "data", **remote, **settings) as (port, process):
+        async with service(directory / "data", **settings) as (port, process):
             yield _Sides(
                 seaweed=seaweed, ours=Checkpointing(port, bucket),
                 theirs=Litestream(seaweed, directory), service=process, directory=directory,
@@ -178,6 +178,7 @@ async def _idle(sides: _Sides) -> Result:
     for peer in (sides.theirs, sides.ours):
         directory = _directory(sides, peer) / "idle"
         databases = [copy_blocking(small, directory / f"idle{n}.db") for n in range(IDLE_DATABASES)]
+        await peer.sync_all(databases)
         async with started(peer.following(databases)) as follower:
             await _settled(sides, peer)
             watched = [follower, *([sides.service] if peer is sides.ours else [])]

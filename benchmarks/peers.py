@@ -31,6 +31,9 @@ class Peer(Protocol):
     async def restore(self, database: Path, target: Path) -> float:
         """A checked file; seconds."""
 
+    async def sync_all(self, databases: Sequence[Path]) -> None:
+        """The same for all databases of one directory."""
+
     def following(self, databases: Sequence[Path]) -> list[str]:
         """The command that follows them until it is ended."""
 
@@ -40,7 +43,6 @@ class Litestream:
         self.bucket = seaweed.bucket()
         self._seaweed = seaweed
         self._config = directory / "litestream.json"  # a JSON document is YAML
-        self._configured: Sequence[Path] = ()
 
     async def sync(self, database: Path) -> float:
         self._configure([database])
@@ -53,6 +55,9 @@ class Litestream:
             str(LITESTREAM), "restore", "-config", str(self._config),
             "-integrity-check", "quick", "-o", str(target), str(database),
         )  # fmt: skip
+
+    async def sync_all(self, databases: Sequence[Path]) -> None:
+        await _timed(*self.following(databases), "-once")
 
     def following(self, databases: Sequence[Path]) -> list[str]:
         self._configure(databases)
@@ -92,6 +97,9 @@ class Checkpointing:
 
     async def restore(self, database: Path, target: Path) -> float:
         return await _timed(*self._command, "restore", _name(database), "-o", str(target))
+
+    async def sync_all(self, databases: Sequence[Path]) -> None:
+        await _timed(*self.following(databases), "--once", "--checkpoint")
 
     def following(self, databases: Sequence[Path]) -> list[str]:
         """All of one directory."""

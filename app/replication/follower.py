@@ -30,6 +30,7 @@ from app.replication.plan import (
     SendImage,
     SendWal,
     SqliteCheckpoint,
+    StepAside,
     TakeLock,
     View,
     Wait,
@@ -114,6 +115,7 @@ class Follower:
         self._page_size: int | None = None
         self._seen: Log | None = None
         self._goal: Log | None = None
+        self._waiting: tuple[int, Log] | None = None
         self._once = False
         self._checkpointed_at: Log | None = None
         self._away_count = 0
@@ -198,9 +200,6 @@ class Follower:
         if position is not None and position.salts == log.salts and position.checksums is not None:
             found = await self._blocking(source.checksums_at_blocking, log, position.offset)
         last = self._checkpointed_at
-        # not with `once`: who is run now and then would find the log restarted, and need an image
-        is_left = log.backfilled < log.frames and not self._once
-        is_tried = last is not None and (last.salts, last.end) == (log.salts, log.end)
         return View(
             log=log,
             lock=source.lock,
@@ -212,8 +211,20 @@ class Follower:
             or last.salts != log.salts
             or log.end >= last.end + self._limits.checkpoint_bytes // 4,
             image_reason=self._image_reason,
-            abandoned=is_left and not is_tried and await self._blocking(source.is_alone_blocking),
+            waited_for=source.lock is not None and await self._is_waited_for(source, log),
         )
+
+    async def _is_waited_for(self, source: Source, log: Log) -> bool:
+        """Twice the same at the same state of the log: a writer and a passive sqlite_checkpoint of
+        one process look alike, but not for long.
+        """
+        pid = await self._blocking(source.waiting_pid_blocking)
+        before, self._waiting = self._waiting, None if pid is None else (pid, log)
+        if pid is None:
+            return False
+        if before is None:
+            self._settling = 0
+        return before is not None and before[0] == pid and before[1].end == log.end
 
     # --- do
 
@@ -234,6 +245,9 @@ class Follower:
                 await self._send_image(source, reason)
             case SqliteCheckpoint(offset=offset):
                 await self._sqlite_checkpoint(source, view.log, offset)
+            case StepAside():
+                await self._blocking(source.step_aside_blocking, view.log.salts)
+                await self._rest(SETTLE_SECONDS[2])  # who waits sleeps too, between its tries
             case Wait(caught_up=caught_up):
                 await self._wait(source, view, caught_up=caught_up)
 
@@ -544,7 +558,7 @@ class Follower:
     async def _close(self) -> None:
         source, self._source = self._source, None
         self._position = self._confirmed = self._carried = None
-        self._seen = self._checkpointed_at = None
+        self._seen = self._checkpointed_at = self._waiting = None
         if source is not None:
             await self._blocking(source.close_blocking)
 

@@ -76,8 +76,10 @@ class View:
     """The service did not answer, and it is not yet time to ask again."""
     may_checkpoint: bool
     image_reason: str | None = None
-    abandoned: bool = False
-    """No other process has the database open, and the log is not all in the database file."""
+    waited_for: bool = False
+    """Another process keeps writers out until it has the log for itself (a sqlite_checkpoint that
+    restarts or truncates it), which the lock is in the way of.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +127,25 @@ class SqliteCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class StepAside:
+    """Begin the read transaction anew, so that who waits for it gets on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Wait:
     caught_up: bool
 
 
 Action = (
-    AskPosition | TakeLock | LetGo | SendWal | SendCarried | SendImage | SqliteCheckpoint | Wait
+    AskPosition
+    | TakeLock
+    | LetGo
+    | SendWal
+    | SendCarried
+    | SendImage
+    | SqliteCheckpoint
+    | StepAside
+    | Wait
 )
 
 
@@ -142,6 +157,8 @@ def decide(view: View, limits: Limits) -> Action:
     if view.away:
         if view.log.end > limits.log_bytes:
             return LetGo("the service is away")
+        if _is_in_the_way(view):
+            return LetGo("the application waits for it, and the service is away")
         return Wait(caught_up=False)
     if view.position is None:
         return AskPosition()
@@ -194,11 +211,16 @@ def _same_log(view: View, position: Position, limits: Limits) -> Action:
         return SqliteCheckpoint(position.offset)
     if unsent > 0:
         return SendWal(position.offset, log.end, None)
-    if view.abandoned:
-        # an application may want a log of its own when it comes back (sqld does, after a crash),
-        # and the lock is no longer in its way once it reads the database file alone
-        return SqliteCheckpoint(position.offset)
+    if _is_in_the_way(view):
+        return StepAside()
     return Wait(caught_up=True)
+
+
+def _is_in_the_way(view: View) -> bool:
+    """A lock on a log that is all copied reads the database file alone, and hinders nobody."""
+    log, lock = view.log, view.lock
+    free = lock is not None and lock.end == log.end and lock.backfilled == log.frames
+    return view.waited_for and not free
 
 
 def _is_checkpoint_due(view: View, limits: Limits) -> bool:

@@ -51,8 +51,8 @@ SIDE_FILES = ("-wal", "-shm", "-journal")
 
 # struct flock of Linux: l_type, l_whence, l_start, l_len, l_pid
 _flock = struct.Struct("hhqqi0q")
-_OPEN_BYTE = 128
-"""Of -shm: whoever has the database open holds a shared lock there (UNIX_SHM_DMS in os_unix.c)."""
+_WRITE_LOCK_BYTE, _CHECKPOINT_LOCK_BYTE = 120, 121
+"""Of -shm: who writes, and who runs a sqlite_checkpoint (https://sqlite.org/walformat.html)."""
 
 FileId = tuple[int, int]
 
@@ -174,16 +174,37 @@ class Source:
             self._renew(passive_checkpoint=True)
             return Carried(salts=salts, offset=offset, data=data)
 
-    def is_alone_blocking(self) -> bool:
-        """Whether no other process has the database open; False where that cannot be told."""
+    def waiting_pid_blocking(self) -> int | None:
+        """The other process that runs a sqlite_checkpoint with writers locked out, if one does: it
+        is to restart the log, and waits for readers. None where that cannot be told.
+        """
         if sys.platform != "linux":
-            return False
-        asked = _flock.pack(fcntl.F_WRLCK, os.SEEK_SET, _OPEN_BYTE, 1, 0)
+            return None
+        writer = self._holder(_WRITE_LOCK_BYTE)
+        return writer if writer == self._holder(_CHECKPOINT_LOCK_BYTE) else None
+
+    def step_aside_blocking(self, salts: Salts) -> None:
+        """The read transaction anew, without locking writers out: somebody else has done so. The
+        lock is gone, and has to be taken again, if the log has changed meanwhile. Nothing is done
+        where the log is no longer that of `salts`.
+        """
+        before = self._log_or_problem()
+        if before.salts != salts:
+            return
+        self.let_go_blocking()
         try:
-            answer = fcntl.fcntl(self._index_fd, fcntl.F_GETLK, asked)
-        except OSError:
-            return False
-        return bool(_flock.unpack(answer)[0] == fcntl.F_UNLCK)
+            self._tailer.execute("BEGIN")
+            self._tailer.execute("PRAGMA schema_version").fetchone()
+        except sqlite3.Error as error:
+            self.let_go_blocking()
+            raise SourceProblem(f"{self.path}: {error}") from error
+        # what is the same before and behind is what the transaction sees
+        after = self._log_or_problem()
+        if (after.salts, after.frames) == (before.salts, before.frames):
+            # as of before: were it copied only now, the transaction would still read the log
+            self.lock = replace(after, backfilled=before.backfilled)
+        else:
+            self.let_go_blocking()
 
     def backfill_blocking(self) -> None:
         """Without the lock: shortens a log that nobody else shortens."""
@@ -293,6 +314,16 @@ class Source:
         # opened now, so that a file that is moved later is not opened anew by its name
         for connection in self._connections:
             connection.execute("PRAGMA schema_version").fetchone()
+
+    def _holder(self, byte: int) -> int | None:
+        """The process that holds an exclusive lock on it; this one's own do not count."""
+        asked = _flock.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0)
+        try:
+            answer = fcntl.fcntl(self._index_fd, fcntl.F_GETLK, asked)
+        except OSError:
+            return None
+        kind, _, _, _, pid = _flock.unpack(answer)
+        return None if kind == fcntl.F_UNLCK else pid
 
     def _switch_to_wal(self, set_wal: bool) -> None:
         if not set_wal:

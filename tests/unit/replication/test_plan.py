@@ -15,6 +15,7 @@ from app.replication.plan import (
     SendImage,
     SendWal,
     SqliteCheckpoint,
+    StepAside,
     TakeLock,
     View,
     Wait,
@@ -171,3 +172,39 @@ def test_what_is_unsent():
     assert unsent_bytes(log(), known, None) == 6 * FRAME
     assert unsent_bytes(log(salts=NEW, frames=1), known, carried) == at(1) + 2 * FRAME
     assert unsent_bytes(log(), None, None) == at(10)
+
+
+def test_a_long_log_is_copied_though_the_service_is_behind():
+    """Else a service that is as fast as the application would never let the log be restarted."""
+    limits = Limits(log_bytes=at(50), carried_bytes=at(5), carried_bytes_max=at(30))
+    short = view(log=log(frames=50), lock=log(frames=4), position=sent(30))
+    small = replace(limits, checkpoint_bytes=at(20))
+    assert decide(short, small) == SendWal(at(30), at(50), None)
+    long = view(log=log(frames=60), lock=log(frames=4), position=sent(40))
+    assert decide(long, small) == SqliteCheckpoint(at(40))
+    assert decide(replace(long, position=sent(20)), small) == SendWal(at(20), at(60), None)
+
+
+def test_a_log_of_twice_the_bound_is_let_go_where_it_cannot_be_carried():
+    limits = Limits(log_bytes=at(20), unsent_bytes=at(50), carried_bytes_max=at(10))
+    behind = view(log=log(frames=110), lock=log(frames=4), position=sent(80))
+    assert decide(behind, limits) == LetGo("the service is too far behind")
+    assert isinstance(decide(replace(behind, position=sent(105)), limits), SendWal)
+
+
+def test_who_waits_for_the_log_gets_it_once_all_is_sent():
+    waited_for = view(position=sent(10), waited_for=True)
+    assert decide(waited_for, LIMITS) == StepAside()
+    assert decide(replace(waited_for, position=sent(9)), LIMITS) == SendWal(at(9), at(10), None)
+    free = replace(waited_for, log=log(backfilled=10), lock=log(backfilled=10))
+    assert decide(free, LIMITS) == Wait(caught_up=True)
+
+
+def test_who_waits_for_the_log_is_not_held_up_by_a_service_that_is_away():
+    away = view(position=None, waited_for=True, away=True)
+    assert isinstance(decide(away, LIMITS), LetGo)
+    assert decide(replace(away, waited_for=False), LIMITS) == Wait(caught_up=False)
+
+
+def sent(frames):
+    return Position(last_lsn=50, salts=OLD, offset=at(frames))

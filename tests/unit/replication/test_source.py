@@ -1,6 +1,9 @@
 """One live file: the lock, the log, the image. All without a network."""
 
 import sqlite3
+import subprocess
+import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -195,3 +198,47 @@ def test_what_cannot_be_followed(tmp_path, path):
         Source.open_blocking(old)
     Source.open_blocking(old, set_wal=True).close_blocking()
     assert old.read_bytes()[18:20] == b"\x02\x02"
+
+
+TRUNCATE = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], timeout=20)
+print(connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
+"""
+
+
+def test_another_process_that_waits_for_the_log_gets_it(source, application, path):
+    """As sqld does when it starts after a crash: without it, it does not start."""
+    insert(application, 5)
+    source.take_lock_blocking()
+    before = source.lock
+    assert source.waiting_pid_blocking() is None
+    with subprocess.Popen([sys.executable, "-c", TRUNCATE, path], stdout=subprocess.PIPE) as child:
+        deadline = time.monotonic() + 20
+        while child.poll() is None and time.monotonic() < deadline:
+            is_free = source.lock.backfilled == source.lock.frames
+            if source.waiting_pid_blocking() == child.pid and not is_free:
+                source.step_aside_blocking(before.salts)
+                assert source.lock is not None
+                assert source.lock.salts == before.salts
+                assert source.lock.end == before.end
+            time.sleep(0.05)  # as a follower does: SQLite sleeps up to 100 ms between its tries
+        assert child.communicate(timeout=20)[0] == b"0\n", "not busy"
+    assert source.log_blocking().frames == 0
+    insert(application)
+    assert source.log_blocking().salts != before.salts
+    assert source.lock.end == before.end, "the new log follows it"
+
+
+def test_a_writer_alone_is_not_waited_for(source, application, path):
+    insert(application, 5)
+    write = (
+        "import sqlite3, sys; connection = sqlite3.connect(sys.argv[1], isolation_level=None);"
+        "connection.execute('BEGIN IMMEDIATE'); print('in', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", write, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout.readline() == b"in\n"
+        assert source.waiting_pid_blocking() is None
+        child.stdin.close()
