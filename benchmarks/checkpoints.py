@@ -28,14 +28,17 @@ async def sixteen_chunks(work: Path) -> list[Result]:
     with SeaweedS3.running(work / "seaweed") as seaweed:
         bucket = seaweed.bucket()
         files = [_chunk_file(work / f"raw-{number}", number) for number in range(CHUNKS)]
-        before = await _raw_puts(seaweed, bucket, files, round_=0)
-        seconds, rss = await _service_checkpoint(work, seaweed, bucket)
-        after = await _raw_puts(seaweed, bucket, files, round_=1)
+        raw, ours, rss = [], [], 0.0
+        for round_ in range(2):  # both twice, in turn: the store's mood is shared
+            raw.append(await _raw_puts(seaweed, bucket, files, round_=round_))
+            seconds, peak = await _service_checkpoint(work / f"round-{round_}", seaweed, bucket)
+            ours.append(seconds)
+            rss = max(rss, peak)
     size = CHUNKS * 64
     return [
         at_least(
             "checkpoint of 16 × 64 MiB ÷ raw aiobotocore PUTs of the same size",
-            measured=size / seconds, ceiling=size / min(before, after), unit="MiB/s", target=0.85,
+            measured=size / min(ours), ceiling=size / min(raw), unit="MiB/s", target=0.85,
         ),
         at_most(
             "peak RSS of the server while checkpointing 16 chunks",
@@ -47,7 +50,7 @@ async def sixteen_chunks(work: Path) -> list[Result]:
 async def _service_checkpoint(work: Path, seaweed: SeaweedS3, bucket: str) -> tuple[float, float]:
     """Seconds from the job's start to its end, and the server's peak RSS in MiB."""
     settings = {
-        "remote_url": f"s3://{bucket}/service",
+        "remote_url": f"s3://{bucket}/{work.name}",
         "s3_endpoint_url": seaweed.endpoint,
         "s3_region": seaweed.region,
         "wal_budget_bytes": str(16 << 30),
