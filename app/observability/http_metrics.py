@@ -1,7 +1,7 @@
 """Counts answered requests: the outermost layer, so that refusals count too.
 
 prometheus-fastapi-instrumentator measures and names the route. It matches routes a second time,
-which a small append or the read of a page would pay with a fifth of its throughput: these are
+which a small append or the read of a page would pay for with throughput: these are
 counted here directly, under the route that answered them.
 """
 

@@ -376,3 +376,13 @@ def test_the_layout_is_what_it_was(tmp_path):
         GOLDEN / "segment-v1-of-chunk.bin", tmp_path / "blob", codec="none", identity=WHO
     )
     assert (tmp_path / "blob").read_bytes() == (GOLDEN / "chunk-log-v1-none.blob").read_bytes()
+
+
+def test_a_target_that_is_linked_elsewhere_is_replaced_not_written_through(tmp_path, segment):
+    """A resumed job may find its target linked into the hot cache, or to a segment itself."""
+    target, linked = tmp_path / "target", tmp_path / "linked"
+    linked.write_bytes(b"somebody else's bytes")
+    os.link(linked, target)
+    write_log_blocking(segment.path, target, codec="zstd", identity=WHO)
+    assert linked.read_bytes() == b"somebody else's bytes"
+    assert target.stat().st_nlink == 1
