@@ -65,8 +65,8 @@ load: setup ## many clients and databases against one service, bounded in time
 
 .PHONY: pins
 pins: setup ## compile requirements/*.txt anew: versions and hashes, no addresses
-	$(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 requirements/run.in -o requirements/run.txt
-	$(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 --constraint requirements/run.txt requirements/dev.in -o requirements/dev.txt
+	$(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-annotate --no-header --no-strip-extras --python-version 3.11 requirements/run.in -o requirements/run.txt
+	$(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-annotate --no-header --no-strip-extras --python-version 3.11 --constraint requirements/run.txt requirements/dev.in -o requirements/dev.txt
 
 .PHONY: clean
 clean: ## remove what the targets made, the virtual environment included
