@@ -1,0 +1,349 @@
+"""Wires a running service: opens everything bottom up on one AsyncExitStack, which closes it in
+reverse. Nothing else creates a component.
+"""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from app.container.ground import Ground, OnFatal, open_ground
+from app.container.service import Container, Gauges, Services
+from app.core.base.errors import OwnershipLost, StartRefused
+from app.core.base.events import Events
+from app.core.checkpoint.executor import CheckpointExecutor, CheckpointLimits, CheckpointParts
+from app.core.checkpoint.wal_release import WalRelease
+from app.core.coordination.quota import StorageQuota
+from app.core.engines.base import DeltaLimits
+from app.core.jobs.feed import JobFeed
+from app.core.jobs.handlers.create_checkpoint import CreateCheckpoint
+from app.core.jobs.queue import JobQueue
+from app.core.jobs.runner import JobHandler, JobRunner, RetryPolicy
+from app.core.reads.page_cache import PageCache
+from app.core.reads.page_store import PageStore
+from app.core.reads.read_point import GenerationPins
+from app.core.reads.record_reader import RecordReader
+from app.core.services.checkpoints import Checkpoints
+from app.core.services.databases import Databases
+from app.core.services.debugging import Debugging
+from app.core.services.directory import DatabaseDirectory
+from app.core.services.fsck import Fsck
+from app.core.services.history import History
+from app.core.services.idempotency import Idempotency
+from app.core.services.images import Images
+from app.core.services.jobs import Jobs
+from app.core.services.pages import Pages
+from app.core.services.pages_in import PagesIn
+from app.core.services.records import Records
+from app.core.services.states import States
+from app.core.stores.local.hot_cache import HotCache
+from app.core.stores.manifest.ops import DropForeignLeases, ManifestBatch
+from app.core.stores.manifest.records import JobKind
+from app.core.stores.wal.store import WalStore
+from app.core.workers.janitor import ScratchJanitor
+from app.core.workers.job_loop import JobLoop
+from app.core.workers.prefix_claim import PrefixClaim
+from app.core.workers.pruning import Pruning
+from app.core.workers.supervisor import Supervisor
+from app.core.workers.wal_sweep import WalSweep
+from app.settings import Settings
+from app.wal_catalog import ManifestSegmentCatalog
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Storage:
+    """What holds bytes on this machine, and the ways to read them."""
+
+    quota: StorageQuota
+    hot_cache: HotCache
+    wal: WalStore
+    directory: DatabaseDirectory
+    page_cache: PageCache
+    page_store: PageStore
+    release: WalRelease
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """Durable work: the queue, and what runs it."""
+
+    queue: JobQueue
+    loop: JobLoop
+
+
+@asynccontextmanager
+async def open_container(
+    settings: Settings, *, events: Events, on_fatal: OnFatal
+) -> AsyncIterator[Container]:
+    """A running service. Raises StartRefused where this state must not be served."""
+    async with AsyncExitStack() as stack:
+        ground = await open_ground(stack, settings, events=events, on_fatal=on_fatal)
+        claim = await _claim_prefix(ground, events=events)
+        await ground.manifest.commit(
+            ManifestBatch(ops=(DropForeignLeases(),), reason="lease.dropped")
+        )
+        storage = await _open_storage(
+            stack, settings, ground, claim, events=events, on_fatal=on_fatal
+        )
+        work = await _open_work(settings, ground, storage, claim, events=events)
+        janitor = ScratchJanitor(
+            ground.scratch,
+            live_jobs=work.queue.unfinished_ids,
+            room=storage.quota,
+            clock=ground.clock,
+            events=events,
+        )
+        await janitor.run_at_start()
+        container = Container(
+            _services(settings, ground, storage, work, claim, events=events),
+            _gauges(storage, work),
+            claim=claim,
+            job_loop=work.loop,
+            events=events,
+        )
+        supervisor = await stack.enter_async_context(
+            Supervisor(clock=ground.clock, events=events, on_fatal=on_fatal)
+        )
+        for worker in (
+            claim,
+            janitor,
+            WalSweep(storage.release, clock=ground.clock, events=events),
+            Pruning(
+                ground.manifest,
+                clock=ground.clock,
+                events=events,
+                jobs_max=settings.job_history_count,
+            ),
+            work.loop,
+        ):
+            supervisor.start(worker)
+        stack.push_async_callback(work.loop.drain, seconds=settings.shutdown_seconds)
+        try:
+            yield container
+        finally:
+            container.begin_shutdown()
+
+
+async def _claim_prefix(ground: Ground, *, events: Events) -> PrefixClaim:
+    """Raises StartRefused: a prefix that is not ours is refused before anything is served."""
+    with ground.manifest.read() as view:
+        fresh = not view.all_databases()
+    claim = PrefixClaim(
+        remote=ground.remote,
+        ownership=ground.ownership,
+        manifest=ground.manifest,
+        clock=ground.clock,
+        randomness=ground.randomness,
+        events=events,
+        fresh=fresh,
+    )
+    try:
+        await claim.attempt()
+    except OwnershipLost as error:
+        raise StartRefused(str(error)) from error
+    return claim
+
+
+async def _open_storage(
+    stack: AsyncExitStack,
+    settings: Settings,
+    ground: Ground,
+    claim: PrefixClaim,
+    *,
+    events: Events,
+    on_fatal: OnFatal,
+) -> _Storage:
+    quota = StorageQuota(
+        global_limit_bytes=settings.quota_global_bytes,
+        drain_limit_bytes=settings.drain_reserve_bytes,
+        clock=ground.clock,
+        events=events,
+    )
+    hot_cache = await HotCache.open(
+        settings.data_dir / "hot_cache",
+        limit_bytes=settings.hot_cache_bytes,
+        pool=ground.pool,
+        events=events,
+    )
+    quota.add_reclaimer(hot_cache)
+    wal = WalStore(
+        settings.data_dir / "wal",
+        clock=ground.clock,
+        events=events,
+        catalog=ManifestSegmentCatalog(ground.manifest),
+        on_fatal=on_fatal,
+    )
+    stack.push_async_callback(wal.aclose)
+    directory = DatabaseDirectory(ground.manifest, wal, events=events)
+    await directory.open_all()
+    page_cache = PageCache(limit_bytes=settings.page_cache_bytes)
+    page_store = await stack.enter_async_context(
+        PageStore(
+            ground.manifest,
+            wal,
+            remote=claim.remote,
+            hot_cache=hot_cache,
+            cache=page_cache,
+            pins=GenerationPins(),
+            pool=ground.pool,
+            clock=ground.clock,
+            events=events,
+        )
+    )
+    return _Storage(
+        quota=quota,
+        hot_cache=hot_cache,
+        wal=wal,
+        directory=directory,
+        page_cache=page_cache,
+        page_store=page_store,
+        release=WalRelease(ground.manifest, wal, events=events),
+    )
+
+
+async def _open_work(
+    settings: Settings, ground: Ground, storage: _Storage, claim: PrefixClaim, *, events: Events
+) -> _Work:
+    queue = JobQueue(
+        ground.manifest,
+        clock=ground.clock,
+        events=events,
+        feed=JobFeed(),
+        depth_max=settings.job_queue_depth_max,
+    )
+    await queue.load()
+    handlers: dict[JobKind, JobHandler] = {
+        "create_checkpoint": CreateCheckpoint(
+            _executor(settings, ground, storage, claim, events=events)
+        ),
+    }
+    runner = JobRunner(
+        queue,
+        handlers,
+        clock=ground.clock,
+        randomness=ground.randomness,
+        events=events,
+        policy=RetryPolicy(
+            attempts_max=settings.job_attempts,
+            backoff_base_seconds=settings.job_backoff_base_seconds,
+            backoff_cap_seconds=settings.job_backoff_cap_seconds,
+            stall_seconds=settings.job_stall_seconds,
+        ),
+    )
+    loop = JobLoop(
+        queue,
+        runner,
+        ready=claim.wait_claimed,
+        clock=ground.clock,
+        concurrency=settings.job_concurrency,
+    )
+    return _Work(queue=queue, loop=loop)
+
+
+def _executor(
+    settings: Settings, ground: Ground, storage: _Storage, claim: PrefixClaim, *, events: Events
+) -> CheckpointExecutor:
+    return CheckpointExecutor(
+        CheckpointParts(
+            manifest=ground.manifest,
+            wal=storage.wal,
+            scratch=ground.scratch,
+            hot_cache=storage.hot_cache,
+            quota=storage.quota,
+            remote=claim.remote,
+            ownership=ground.ownership,
+            release=storage.release,
+            pages=storage.page_store,
+            on_durable=storage.directory.notify_checkpointed,
+            pool=ground.pool,
+            clock=ground.clock,
+            events=events,
+        ),
+        CheckpointLimits(
+            staging_concurrency=settings.staging_concurrency,
+            upload_concurrency=settings.upload_concurrency,
+            lease_ttl_seconds=settings.lease_ttl_seconds,
+            gc_grace_seconds=settings.gc_grace_seconds,
+            deltas=DeltaLimits(
+                delta_bytes_max=settings.delta_bytes_max,
+                delta_dirty_ratio_max=settings.delta_dirty_ratio_max,
+                delta_count_max=settings.delta_count_max,
+                coalesce=settings.coalesce,
+            ),
+            compression_threads=max(1, os.cpu_count() or 1),
+        ),
+    )
+
+
+def _services(
+    settings: Settings,
+    ground: Ground,
+    storage: _Storage,
+    work: _Work,
+    claim: PrefixClaim,
+    *,
+    events: Events,
+) -> Services:
+    manifest, directory, clock = ground.manifest, storage.directory, ground.clock
+    states = States(manifest, directory, storage.page_store)
+    fsck = Fsck(
+        manifest=manifest,
+        remote=claim.remote,
+        wal_root=settings.data_dir / "wal",
+        scratch=ground.scratch,
+        quota=storage.quota,
+        pool=ground.pool,
+    )
+    return Services(
+        databases=Databases(manifest, directory, clock=clock, events=events),
+        records=Records(
+            manifest,
+            directory,
+            RecordReader(
+                remote=claim.remote,
+                hot_cache=storage.hot_cache,
+                pool=ground.pool,
+                events=events,
+                clock=clock,
+            ),
+            record_bytes_max=settings.max_record_bytes,
+        ),
+        pages_in=PagesIn(
+            manifest,
+            directory,
+            storage.page_store,
+            pool=ground.pool,
+            events=events,
+            wal_budget_bytes=settings.wal_budget_bytes,
+        ),
+        pages=Pages(states, storage.page_store),
+        images=Images(states, storage.page_store),
+        checkpoints=Checkpoints(
+            manifest,
+            directory,
+            work.queue,
+            clock=clock,
+            randomness=ground.randomness,
+            deadline_seconds=settings.job_deadline_seconds,
+        ),
+        jobs=Jobs(manifest, work.queue),
+        history=History(manifest, directory),
+        debugging=Debugging(
+            manifest,
+            storage.quota,
+            fsck,
+            page_cache=storage.page_cache,
+            hot_cache=storage.hot_cache,
+        ),
+        idempotency=Idempotency(manifest, clock=clock),
+    )
+
+
+def _gauges(storage: _Storage, work: _Work) -> Gauges:
+    return Gauges(
+        queue_depth=lambda: work.queue.depth,
+        wal_bytes=lambda: sum(log.wal_bytes for log in storage.wal.logs()),
+        quota_used_bytes=lambda: storage.quota.snapshot().global_used_bytes,
+        hot_cache_bytes=lambda: storage.hot_cache.stats().used_bytes,
+        page_cache_bytes=lambda: storage.page_cache.stats().used_bytes,
+    )
