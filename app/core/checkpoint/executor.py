@@ -48,6 +48,7 @@ from app.core.checkpoint.publication import publication_batch
 from app.core.checkpoint.staging import KeyScope, SegmentSource, stage_segment_blocking
 from app.core.checkpoint.upload_marker import UploadMarker
 from app.core.checkpoint.wal_release import WalRelease
+from app.core.coordination.flags import flags_of
 from app.core.coordination.leases import keep_leases
 from app.core.coordination.ownership import PrefixOwnership
 from app.core.coordination.quota import Reservation, StorageQuota
@@ -266,10 +267,8 @@ class CheckpointExecutor:
             if database is None:
                 raise InvariantViolation("a checkpoint of no database", db_id=job.db_id)
             chunks = view.chunk_view(job.db_id, database.generation)
-            tenant = view.tenant(job.tenant)
-        with_deltas = self._limits.deltas.enabled and (
-            tenant is None or tenant.flags.enable_chunk_deltas
-        )
+            flags = flags_of(view, job.tenant)
+        with_deltas = self._limits.deltas.enabled and flags.enable_chunk_deltas
         epoch = parts.ownership.epoch
         return plan_checkpoint(
             PlannerContext(

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 
 from app.core.base.clock import Clock, Randomness, wall_us
-from app.core.base.errors import FeatureDisabled
 from app.core.base.ids import new_ulid
+from app.core.coordination.flags import require_enabled
 from app.core.jobs.queue import JobQueue
 from app.core.services.directory import DatabaseDirectory
 from app.core.stores.manifest.ops import Op
-from app.core.stores.manifest.records import FeatureFlags, JobRecord
+from app.core.stores.manifest.records import JobRecord
 from app.core.stores.manifest.store import ManifestStore
 
 
@@ -46,12 +46,7 @@ class Checkpoints:
         """
         record = self._directory.read(tenant, database)
         with self._manifest.read() as view:
-            known = view.tenant(tenant)
-        flags = known.flags if known is not None else FeatureFlags()
-        if not flags.enable_checkpoints:
-            raise FeatureDisabled(
-                "Checkpoints are switched off for this tenant.", flag="enable_checkpoints"
-            )
+            require_enabled(view, tenant, "enable_checkpoints")
         now = wall_us(self._clock)
         return await self._queue.enqueue(
             JobRecord(
