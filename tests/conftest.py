@@ -1,5 +1,6 @@
 """Fixtures that every layer of tests may use."""
 
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,6 +9,12 @@ import pytest
 
 from tests.helpers.launch import ForkServer, Launcher
 from tests.helpers.server import ServerProcess
+
+
+def pytest_configure() -> None:
+    """A shell's background job ignores SIGINT, and so would every command under test."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
