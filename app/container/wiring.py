@@ -11,7 +11,8 @@ from app.container.ground import Ground, OnFatal, open_ground
 from app.container.service import Container, Gauges, Services
 from app.core.base.errors import OwnershipLost, StartRefused
 from app.core.base.events import Events
-from app.core.checkpoint.executor import CheckpointExecutor, CheckpointLimits, CheckpointParts
+from app.core.checkpoint.executor import CheckpointExecutor
+from app.core.checkpoint.parts import CheckpointLimits, CheckpointParts
 from app.core.checkpoint.wal_release import WalRelease
 from app.core.coordination.quota import StorageQuota
 from app.core.engines.base import DeltaLimits

@@ -10,66 +10,43 @@ Cancellation: at any `await`; what was committed is resumed from, the rest is do
 Crash: the same. Scratch and reservation of a dead process are swept at start.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 
 from app.core.base import failpoints
-from app.core.base.clock import Clock, wall_us
+from app.core.base.clock import wall_us
 from app.core.base.errors import InvariantViolation, OwnershipLost, StalePlan
-from app.core.base.events import Events
-from app.core.base.ids import JobId, checkpoint_id
-from app.core.base.tasks import BlockingPool, for_each, run_beside
+from app.core.base.tasks import run_beside
+from app.core.checkpoint.blob_making import BlobMaking
 from app.core.checkpoint.generation_document import (
     build_document,
     decode_document,
     encode_document,
 )
 from app.core.checkpoint.intents import (
-    StagedRow,
     all_uploaded,
-    blob_bytes,
     blobs_of,
-    intent_of,
-    progress_of,
-    row_of,
     rows_of,
     staged_name,
 )
 from app.core.checkpoint.job_hold import JobHold
 from app.core.checkpoint.outcome import delta_chain_lengths, result_of
-from app.core.checkpoint.page_planning import PlanningParts, committed_segments, load_changes
-from app.core.checkpoint.page_staging import PageStaging
+from app.core.checkpoint.parts import CheckpointLimits, CheckpointParts, job_fields
+from app.core.checkpoint.planning import CheckpointPlanning
 from app.core.checkpoint.publication import publication_batch
-from app.core.checkpoint.staging import KeyScope, SegmentSource, stage_segment_blocking
-from app.core.checkpoint.upload_marker import UploadMarker
-from app.core.checkpoint.wal_release import WalRelease
-from app.core.coordination.flags import flags_of
 from app.core.coordination.leases import keep_leases
-from app.core.coordination.ownership import PrefixOwnership
-from app.core.coordination.quota import Reservation, StorageQuota
+from app.core.coordination.quota import Reservation
 from app.core.engines.base import (
     CheckpointPlan,
-    ChunkAction,
-    DeltaLimits,
-    PageChanges,
-    PlannerContext,
-    SealAsBase,
-    SegmentView,
     decode_plan,
     encode_plan,
 )
-from app.core.engines.planning import plan_checkpoint
 from app.core.formats.crc64 import crc64
 from app.core.reads.delta_chain import is_valid_at
 from app.core.reads.page_cache import CheckpointScope
-from app.core.reads.page_store import PageStore
-from app.core.stores.local.hot_cache import HotCache
-from app.core.stores.local.scratch import ScratchStore
 from app.core.stores.manifest.errors import GenerationMoved, KeyDoomed, LeaseLost
 from app.core.stores.manifest.ops import (
     AcquireLease,
@@ -80,55 +57,18 @@ from app.core.stores.manifest.ops import (
     RetireBlob,
 )
 from app.core.stores.manifest.records import GenerationRecord, JobRecord, Progress
-from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.remote.keys import generation_document_key
-from app.core.stores.remote.protocol import BytesBody, FileBody, RemoteStore
-from app.core.stores.wal.segments import SegmentInfo
-from app.core.stores.wal.store import WalStore
+from app.core.stores.remote.protocol import BytesBody
 
 REPLANS_MAX = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointLimits:
-    staging_concurrency: int
-    upload_concurrency: int
-    lease_ttl_seconds: float
-    gc_grace_seconds: float
-    deltas: DeltaLimits = field(default_factory=DeltaLimits)
-    compression_threads: int = 2
-    """For the blocks of one chunk; they do not hold the interpreter's lock."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointParts:
-    """What the executor works with; the composition root fills it."""
-
-    manifest: ManifestStore
-    wal: WalStore
-    scratch: ScratchStore
-    hot_cache: HotCache
-    quota: StorageQuota
-    remote: Callable[[], RemoteStore]
-    """The claimed remote store; raises NotReady until the prefix is ours."""
-    ownership: PrefixOwnership
-    release: WalRelease
-    pages: PageStore
-    on_durable: Callable[[int], None]
-    """Told the db_id whenever its `checkpointed_lsn` has moved."""
-    pool: BlockingPool
-    clock: Clock
-    events: Events
 
 
 class CheckpointExecutor:
     def __init__(self, parts: CheckpointParts, limits: CheckpointLimits) -> None:
         self._parts = parts
         self._limits = limits
-        self._planning = PlanningParts(
-            manifest=parts.manifest, pages=parts.pages, hot_cache=parts.hot_cache,
-            pool=parts.pool, events=parts.events,
-        )  # fmt: skip
+        self._planning = CheckpointPlanning(parts, limits)
+        self._blobs = BlobMaking(parts, limits)
         self._reservations: dict[str, Reservation] = {}
 
     async def run(self, hold: JobHold) -> Mapping[str, Any]:
@@ -152,7 +92,7 @@ class CheckpointExecutor:
         in the commit that ends the job.
         """
         await self._clean_up(hold)
-        self._parts.events.warning("checkpoint.failed", **_fields(hold.job))
+        self._parts.events.warning("checkpoint.failed", **job_fields(hold.job))
         return self._retire(hold.job), {"plan": None, "intents": ()}
 
     # --- the stages, in order -----------------------------------------------------------------
@@ -162,7 +102,7 @@ class CheckpointExecutor:
             await self._clean_up(hold)  # a power cut may have brought the scratch back
             return await self._finish(hold)
         started = self._parts.clock.monotonic()
-        self._parts.events.info("checkpoint.started", **_fields(hold.job))
+        self._parts.events.info("checkpoint.started", **job_fields(hold.job))
         planned = await self._plan(hold)
         if planned is None:
             return self._no_changes(hold.job)
@@ -183,7 +123,7 @@ class CheckpointExecutor:
             seconds=self._parts.clock.monotonic() - started,
             bytes_uploaded=result["bytes_uploaded"],
             bytes_dirtied=plan.bytes_dirtied,
-            **_fields(hold.job),
+            **job_fields(hold.job),
         )
         return result
 
@@ -204,8 +144,7 @@ class CheckpointExecutor:
     ) -> None:
         if not hold.job.intents or not all_uploaded(hold.job.intents):
             await self._reserve(hold, plan)
-            await self._stage(hold, plan)
-            await self._upload(hold)
+            await self._blobs.run(hold, plan)
         await self._keep_local(hold)
         await self._publish(hold, plan, tokens)
 
@@ -217,7 +156,7 @@ class CheckpointExecutor:
         if job.plan is None:
             failpoints.fp("job.before_plan")
             await parts.wal.log(job.db_id).seal()
-            plan = await self._decide(job)
+            plan = await self._planning.decide(job)
             if plan is None:
                 return None
         else:
@@ -253,47 +192,6 @@ class CheckpointExecutor:
             (action.chunk_id, token) for action, token in zip(plan.actions, tokens, strict=True)
         )
 
-    async def _decide(self, job: JobRecord) -> CheckpointPlan | None:
-        parts = self._parts
-        segments = [info for info in self._segments(job.db_id).values() if info.state == "sealed"]
-        changes: PageChanges | None = None
-        if segments and segments[0].engine_name == "libsql":
-            log = parts.wal.log(job.db_id)
-            segments = list(committed_segments(segments, await log.frames.read()))
-            if segments:
-                changes = await load_changes(self._planning, log, segments, db_id=job.db_id)
-        with parts.manifest.read() as view:
-            database = view.database(job.db_id)
-            if database is None:
-                raise InvariantViolation("a checkpoint of no database", db_id=job.db_id)
-            chunks = view.chunk_view(job.db_id, database.generation)
-            flags = flags_of(view, job.tenant)
-        with_deltas = self._limits.deltas.enabled and flags.enable_chunk_deltas
-        epoch = parts.ownership.epoch
-        return plan_checkpoint(
-            PlannerContext(
-                database=database,
-                chunks=tuple(chunks),
-                segments=tuple(
-                    SegmentView(
-                        engine=info.engine_name,
-                        segment_id=info.segment_id,
-                        first_lsn=info.first_lsn,
-                        last_lsn=info.last_lsn,
-                        segment_bytes=info.file_bytes,
-                        line_safe=info.line_safe,
-                    )
-                    for info in segments
-                ),
-                checkpoint_id=checkpoint_id(
-                    generation=database.generation + 1, epoch=epoch, job_id=JobId(job.job_id)
-                ),
-                epoch=epoch,
-                pages=changes,
-                limits=replace(self._limits.deltas, enabled=with_deltas),
-            )
-        )
-
     async def _reserve(self, hold: JobHold, plan: CheckpointPlan) -> None:
         await hold.update(reason="checkpoint.reserving", changes={"stage": "reserving"})
         job = hold.job
@@ -301,112 +199,6 @@ class CheckpointExecutor:
             tenant=job.tenant, job_id=job.job_id, size_bytes=plan.staged_bytes_max, drain=True
         )
         failpoints.fp("quota.after_reserve")
-
-    async def _stage(self, hold: JobHold, plan: CheckpointPlan) -> None:
-        parts, job = self._parts, hold.job
-        await hold.update(reason="checkpoint.staging", changes={"stage": "staging"})
-        directory = await parts.scratch.create(job.job_id)
-        async with self._stager(hold, plan) as stage_file:
-
-            async def stage(action: ChunkAction) -> StagedRow:
-                failpoints.fp("stage.before_file")
-                row = await stage_file(action, directory.file(staged_name(action.chunk_id)))
-                failpoints.fp("stage.after_file")
-                hold.touch()
-                return row
-
-            rows = await for_each(plan.actions, stage, limit=self._limits.staging_concurrency)
-        known = {row.chunk_id: row for row in rows_of(job.intents)}
-        if known and any(known[row.chunk_id].blob != row.blob for row in rows):
-            raise StalePlan("Staging gave other bytes than before.")
-        uploaded = {row_of(intent).chunk_id for intent in job.intents if intent.uploaded}
-        intents = tuple(intent_of(row, uploaded=row.chunk_id in uploaded) for row in rows)
-        total_bytes = blob_bytes(rows)
-        await hold.update(
-            reason="checkpoint.staged",
-            changes={
-                "stage": "uploading",
-                "intents": intents,
-                "progress": progress_of(intents, total_bytes=total_bytes),
-            },
-        )
-        parts.events.info(
-            "checkpoint.staged", chunks=len(rows), bytes=total_bytes, **_fields(hold.job)
-        )
-        failpoints.fp("stage.after_intents")
-
-    @asynccontextmanager
-    async def _stager(
-        self, hold: JobHold, plan: CheckpointPlan
-    ) -> AsyncIterator[Callable[[ChunkAction, Path], Awaitable[StagedRow]]]:
-        """How this plan's actions are turned into files."""
-        parts, job = self._parts, hold.job
-        scope = KeyScope(tenant=job.tenant, database=job.database)
-        segments = self._segments(job.db_id)
-
-        async def stage_segment(action: SealAsBase, target: Path) -> StagedRow:
-            info = segments.get(action.segment_id)
-            if info is None:
-                raise StalePlan("A planned WAL segment is gone.", segment_id=action.segment_id)
-            source = SegmentSource(path=info.path, summary=info.summary)
-            return await parts.pool.run(
-                lambda: stage_segment_blocking(plan, action, source, target, scope=scope)
-            )
-
-        if plan.engine == "append_only":
-
-            async def stage_record_chunk(action: ChunkAction, target: Path) -> StagedRow:
-                assert isinstance(action, SealAsBase)
-                return await stage_segment(action, target)
-
-            yield stage_record_chunk
-            return
-
-        with await parts.pages.point(job.db_id, lsn=plan.last_lsn) as point:
-            pages = PageStaging(
-                plan=plan, point=point, pages=parts.pages, pool=parts.pool, scope=scope,
-                threads=self._limits.compression_threads,
-            )  # fmt: skip
-            pages.check()
-
-            async def stage_page_chunk(action: ChunkAction, target: Path) -> StagedRow:
-                assert not isinstance(action, SealAsBase)
-                return await pages.stage(action, target)
-
-            yield stage_page_chunk
-
-    async def _upload(self, hold: JobHold) -> None:
-        parts = self._parts
-        remote = parts.remote()
-        directory = await parts.scratch.create(hold.job.job_id)
-        waiting = rows_of(intent for intent in hold.job.intents if not intent.uploaded)
-        marker = UploadMarker(hold)
-
-        async def upload(row: StagedRow) -> None:
-            blob = row.blob
-            assert blob is not None
-            found = await remote.head_blob(blob.key) if hold.job.run > 1 else None
-            if found is None or (found.bytes, found.crc64) != (blob.bytes, blob.crc64):
-                failpoints.fp("upload.before_put")
-                body = FileBody(
-                    path=directory.file(staged_name(row.chunk_id)),
-                    bytes=blob.bytes,
-                    crc64=blob.crc64,
-                )
-                found = await remote.put_blob(blob.key, body)
-                failpoints.fp("upload.after_put")
-            if (found.bytes, found.crc64) != (blob.bytes, blob.crc64):
-                raise InvariantViolation("the store confirmed another object", key=blob.key)
-            await marker.uploaded(row.chunk_id)
-            failpoints.fp("upload.after_marker")
-
-        await for_each(waiting, upload, limit=self._limits.upload_concurrency)
-        parts.events.info(
-            "checkpoint.uploaded",
-            blobs=len(waiting),
-            bytes=blob_bytes(waiting),
-            **_fields(hold.job),
-        )
 
     async def _keep_local(self, hold: JobHold) -> None:
         """Links the blobs into the hot cache, then scratch and reservation go."""
@@ -420,7 +212,7 @@ class CheckpointExecutor:
             await parts.hot_cache.admit_link(path, sha256=blob.sha256.hex(), size_bytes=blob.bytes)
         failpoints.fp("cleanup.after_links")
         await self._clean_up(hold)
-        parts.events.info("checkpoint.cleaned_up", **_fields(hold.job))
+        parts.events.info("checkpoint.cleaned_up", **job_fields(hold.job))
         failpoints.fp("cleanup.after_scratch")
 
     async def _publish(
@@ -464,7 +256,7 @@ class CheckpointExecutor:
             last_lsn=plan.last_lsn,
             chunks=len(plan.actions),
             delta_chain_lengths=delta_chain_lengths(plan),
-            **_fields(hold.job),
+            **job_fields(hold.job),
         )
 
     # --- after the publication: only onwards --------------------------------------------------
@@ -520,7 +312,9 @@ class CheckpointExecutor:
     # --- ways out -----------------------------------------------------------------------------
 
     async def _replan(self, hold: JobHold, stale: Exception) -> None:
-        self._parts.events.warning("checkpoint.replanning", detail=str(stale), **_fields(hold.job))
+        self._parts.events.warning(
+            "checkpoint.replanning", detail=str(stale), **job_fields(hold.job)
+        )
         await self._clean_up(hold)
         await hold.update(
             reason="checkpoint.replanning",
@@ -550,13 +344,10 @@ class CheckpointExecutor:
             ReleaseLeases(job_id=job.job_id),
         )
 
-    def _segments(self, db_id: int) -> dict[int, SegmentInfo]:
-        return {info.segment_id: info for info in self._parts.wal.log(db_id).sealed_segments()}
-
     def _no_changes(self, job: JobRecord) -> Mapping[str, Any]:
         with self._parts.manifest.read() as view:
             latest = view.latest_generation(job.db_id)
-        self._parts.events.info("checkpoint.unchanged", **_fields(job))
+        self._parts.events.info("checkpoint.unchanged", **job_fields(job))
         return {
             "outcome": "no_changes",
             "generation": latest.generation if latest else 0,
@@ -566,15 +357,3 @@ class CheckpointExecutor:
             "bytes_uploaded": 0,
             "chunks": [],
         }
-
-
-def _fields(job: JobRecord) -> dict[str, object]:
-    return {
-        "job_id": job.job_id,
-        "tenant": job.tenant,
-        "database": job.database,
-        "db_id": job.db_id,
-        "stage": job.stage,
-        "attempt": job.attempts,
-        "run": job.run,
-    }

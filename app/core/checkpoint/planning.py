@@ -1,0 +1,71 @@
+"""Decides what a checkpoint does: reads what the planner of the engine asks for, and asks it.
+
+Invariants: I5: up to the last whole transaction of the sealed WAL. I7: what is decided here is
+persisted before anything is done about it.
+Cancellation: at any await; nothing is written. Crash: the same.
+"""
+
+from dataclasses import replace
+
+from app.core.base.errors import InvariantViolation
+from app.core.base.ids import JobId, checkpoint_id
+from app.core.checkpoint.page_planning import PlanningParts, committed_segments, load_changes
+from app.core.checkpoint.parts import CheckpointLimits, CheckpointParts
+from app.core.coordination.flags import flags_of
+from app.core.engines.base import CheckpointPlan, PageChanges, PlannerContext, SegmentView
+from app.core.engines.planning import plan_checkpoint
+from app.core.stores.manifest.records import JobRecord
+
+
+class CheckpointPlanning:
+    def __init__(self, parts: CheckpointParts, limits: CheckpointLimits) -> None:
+        self._parts = parts
+        self._limits = limits
+        self._pages = PlanningParts(
+            manifest=parts.manifest, pages=parts.pages, hot_cache=parts.hot_cache,
+            pool=parts.pool, events=parts.events,
+        )  # fmt: skip
+
+    async def decide(self, job: JobRecord) -> CheckpointPlan | None:
+        """None: nothing has changed. Raises CorruptWal, CorruptBlob, RemoteUnavailable."""
+        parts = self._parts
+        segments = [
+            info for info in parts.wal.log(job.db_id).sealed_segments() if info.state == "sealed"
+        ]
+        changes: PageChanges | None = None
+        if segments and segments[0].engine_name == "libsql":
+            log = parts.wal.log(job.db_id)
+            segments = list(committed_segments(segments, await log.frames.read()))
+            if segments:
+                changes = await load_changes(self._pages, log, segments, db_id=job.db_id)
+        with parts.manifest.read() as view:
+            database = view.database(job.db_id)
+            if database is None:
+                raise InvariantViolation("a checkpoint of no database", db_id=job.db_id)
+            chunks = view.chunk_view(job.db_id, database.generation)
+            flags = flags_of(view, job.tenant)
+        with_deltas = self._limits.deltas.enabled and flags.enable_chunk_deltas
+        epoch = parts.ownership.epoch
+        return plan_checkpoint(
+            PlannerContext(
+                database=database,
+                chunks=tuple(chunks),
+                segments=tuple(
+                    SegmentView(
+                        engine=info.engine_name,
+                        segment_id=info.segment_id,
+                        first_lsn=info.first_lsn,
+                        last_lsn=info.last_lsn,
+                        segment_bytes=info.file_bytes,
+                        line_safe=info.line_safe,
+                    )
+                    for info in segments
+                ),
+                checkpoint_id=checkpoint_id(
+                    generation=database.generation + 1, epoch=epoch, job_id=JobId(job.job_id)
+                ),
+                epoch=epoch,
+                pages=changes,
+                limits=replace(self._limits.deltas, enabled=with_deltas),
+            )
+        )
