@@ -24,6 +24,7 @@ from app.observability.http_metrics import HttpMetrics
 from app.observability.logging import log_sink, route_library_logs
 from app.observability.metrics import Metrics
 from app.routers import (
+    changes,
     checkpoints,
     databases,
     debug,
@@ -57,6 +58,7 @@ ROUTERS = (
     checkpoints,
     jobs,
     history,
+    changes,
     debug,
     health,
 )

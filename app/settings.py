@@ -110,6 +110,10 @@ class Settings(BaseSettings):
     upload_concurrency: int = Field(default=4, ge=1)
     checkpoint_interval_seconds: int = Field(default=60, ge=0)
     """0: only on demand and by WAL pressure."""
+    change_history_count: int = Field(default=100_000, ge=0)
+    """Changes that are kept in the change log whether a subscriber needs them or not."""
+    change_lag_count_max: int = Field(default=1_000_000, ge=1)
+    """A cursor further behind than this no longer keeps changes, and expires with them."""
     gc_grace_seconds: int = Field(default=3600, ge=0)
     delta_bytes_max: int = Field(default=10_000_000, ge=0)
     """A delta expected to be as large as this makes its chunk be rewritten."""

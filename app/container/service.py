@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from app.core.base.events import Events, Level
+from app.core.services.change_feed import ChangeFeed
 from app.core.services.checkpoints import Checkpoints
 from app.core.services.databases import Databases
 from app.core.services.debugging import Debugging
@@ -31,6 +32,7 @@ class Services:
     checkpoints: Checkpoints
     jobs: Jobs
     history: History
+    change_feed: ChangeFeed
     debugging: Debugging
     idempotency: Idempotency
 

@@ -24,6 +24,7 @@ from app.core.reads.page_cache import PageCache
 from app.core.reads.page_store import PageStore
 from app.core.reads.read_point import GenerationPins
 from app.core.reads.record_reader import RecordReader
+from app.core.services.change_feed import ChangeFeed
 from app.core.services.checkpoints import Checkpoints
 from app.core.services.databases import Databases
 from app.core.services.debugging import Debugging
@@ -41,6 +42,7 @@ from app.core.stores.local.hot_cache import HotCache
 from app.core.stores.manifest.ops import DropForeignLeases, ManifestBatch
 from app.core.stores.manifest.records import JobKind
 from app.core.stores.wal.store import WalStore
+from app.core.workers.change_trim import ChangeTrim
 from app.core.workers.janitor import ScratchJanitor
 from app.core.workers.job_loop import JobLoop
 from app.core.workers.prefix_claim import PrefixClaim
@@ -114,6 +116,13 @@ async def open_container(
                 clock=ground.clock,
                 events=events,
                 jobs_max=settings.job_history_count,
+            ),
+            ChangeTrim(
+                ground.manifest,
+                clock=ground.clock,
+                events=events,
+                history_count=settings.change_history_count,
+                lag_count_max=settings.change_lag_count_max,
             ),
             work.loop,
         ):
@@ -329,6 +338,7 @@ def _services(
         ),
         jobs=Jobs(manifest, work.queue),
         history=History(manifest, directory),
+        change_feed=ChangeFeed(manifest),
         debugging=Debugging(
             manifest,
             storage.quota,

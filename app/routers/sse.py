@@ -1,4 +1,4 @@
-"""Server-sent events of one job (WHATWG HTML, section 9.2).
+"""Server-sent events of one source (WHATWG HTML, section 9.2).
 
 Invariants: nothing is kept for a client that is gone or does not read (I11). Concurrency: pump
 and ping are tasks of the answer's own scope, and each event is one send. Cancellation: the
@@ -25,9 +25,12 @@ class ServerEvent(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     data: bytes
     """JSON without newlines."""
+    number: int | None = None
+    """Its id; None: its place in the stream."""
 
     def encode(self, number: int) -> bytes:
-        return b"id: %d\nevent: %s\ndata: %s\n\n" % (number, self.name.encode(), self.data)
+        shown = number if self.number is None else self.number
+        return b"id: %d\nevent: %s\ndata: %s\n\n" % (shown, self.name.encode(), self.data)
 
 
 class EventStream(Response):

@@ -120,6 +120,12 @@ class JobNotFound(NotFound):
     title = "No such job"
 
 
+class CursorNotFound(NotFound):
+    code = "cursor_not_found"
+    title = "No such cursor"
+    hint = "Make it with PUT /change-cursors/{name}."
+
+
 # --- conflicts --------------------------------------------------------------------------------
 
 
@@ -191,6 +197,12 @@ class GenerationExpired(BopError):
     kind, code = ErrorKind.GONE, "generation_expired"
     title = "The generation is no longer retained"
     hint = "See GET …/generations for those that are."
+
+
+class CursorExpired(BopError):
+    kind, code = ErrorKind.GONE, "cursor_expired"
+    title = "The change log was trimmed beyond the cursor"
+    hint = "Read the state itself, then set the cursor anew with PUT /change-cursors/{name}."
 
 
 class LsnMismatch(BopError):

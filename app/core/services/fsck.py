@@ -219,9 +219,10 @@ class Fsck:
 
 def _load(view: ManifestView) -> _Manifest:
     databases = view.all_databases()
+    trimmed_through = view.trimmed_through()
     changes: list[ChangeRecord] = []
     while batch := view.change_log(
-        after_sequence=changes[-1].sequence if changes else 0, limit=1000
+        after_sequence=changes[-1].sequence if changes else trimmed_through, limit=1000
     ):
         changes.extend(batch)
     return _Manifest(
@@ -238,18 +239,18 @@ def _load(view: ManifestView) -> _Manifest:
         jobs=view.unfinished_jobs(),
         retired=view.gc_rows(limit=1_000_000),
         changes=changes,
-        differences=_replay_differences(changes, view.catalogue()),
+        differences=_replay_differences(
+            changes, view.catalogue(), base=view.change_base(), trimmed_through=trimmed_through
+        ),
     )
 
 
-def _replay_differences(changes: list[ChangeRecord], found: Catalogue) -> list[str]:
-    """Where replaying the whole change log does not give the catalogue. A trimmed log has no
-    beginning to replay from.
-    """
-    if changes and changes[0].sequence != 1:
-        return []
+def _replay_differences(
+    changes: list[ChangeRecord], found: Catalogue, *, base: Catalogue, trimmed_through: int
+) -> list[str]:
+    """Where replaying the change log over what was trimmed of it does not give the catalogue."""
     try:
-        expected = replay(changes)
+        expected = replay(changes, base=base, behind=trimmed_through)
     except BopError as error:
         return [str(error)]
     return [

@@ -18,7 +18,8 @@ DOCUMENTS = {"/openapi.json", "/docs"}
 
 
 def concrete(path: str, tenant: str) -> str:
-    return path.format(tenant=tenant, database="events", id="01JDB4N0Z8Q3V5W7X9Y1A2B301", page_no=1)
+    names = {"database": "events", "name": "one", "id": "01JDB4N0Z8Q3V5W7X9Y1A2B301"}
+    return path.format(tenant=tenant, page_no=1, **names)
 
 
 def routes_of(app):

@@ -9,6 +9,12 @@ from typing import Any, assert_never
 import msgspec
 
 from app.core.base.errors import FormatFromFuture, InvariantViolation
+from app.core.stores.manifest.change_log import (
+    ack_cursor,
+    delete_cursor,
+    put_cursor,
+    trim_change_log,
+)
 from app.core.stores.manifest.context import BatchContext
 from app.core.stores.manifest.errors import (
     CorruptRow,
@@ -20,8 +26,10 @@ from app.core.stores.manifest.errors import (
     WrongState,
 )
 from app.core.stores.manifest.ops import (
+    AckCursor,
     AcquireLease,
     BookkeepingOp,
+    DeleteCursor,
     DeleteIdempotency,
     DeleteJob,
     DoomBlob,
@@ -29,6 +37,7 @@ from app.core.stores.manifest.ops import (
     EnqueueJob,
     ForgetAppends,
     ForgetBlob,
+    PutCursor,
     PutIdempotency,
     PutMeta,
     PutTenant,
@@ -37,6 +46,7 @@ from app.core.stores.manifest.ops import (
     RememberAppends,
     RenewLeases,
     RetireBlob,
+    TrimChangeLog,
     UnretireBlob,
     UpdateJob,
 )
@@ -85,6 +95,14 @@ def apply_bookkeeping(  # noqa: C901 - a case per op
     match op:
         case UpdateJob():
             _update_job(rows, op)
+        case PutCursor():
+            return put_cursor(rows, op, context)
+        case AckCursor():
+            return ack_cursor(rows, op, context)
+        case DeleteCursor():
+            delete_cursor(rows, op)
+        case TrimChangeLog():
+            return trim_change_log(rows, op)
         case EnqueueJob(job=job):
             if rows.get(JOBS, job.job_id.encode()) is not None:
                 raise RowExists("The job is in the queue already.", job_id=job.job_id)

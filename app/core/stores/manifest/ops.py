@@ -4,7 +4,7 @@ A batch is applied whole or not at all, in one LMDB transaction that it may shar
 Catalogue ops are also written to the change log, in order, in that same transaction.
 """
 
-from typing import Any, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import msgspec
 
@@ -343,8 +343,51 @@ class PutMeta(Op, frozen=True, kw_only=True, tag=True):
     value: bytes
 
 
+class PutCursor(Op, frozen=True, kw_only=True, tag=True):
+    """Makes a cursor, or sets it anew. `start` is the first sequence it is to be given, or the
+    first retained one, or the next to come. Result: the CursorRecord, and whether it is new.
+    Raises CursorExpired for a sequence that was trimmed, InvalidRequest for one to come.
+    """
+
+    principal: str
+    name: str
+    start: int | Literal["start", "now"]
+
+
+class AckCursor(Op, frozen=True, kw_only=True, tag=True):
+    """Moves a cursor on, never back. Result: the CursorRecord. Raises CursorNotFound,
+    CursorExpired, InvalidRequest for a sequence to come.
+    """
+
+    principal: str
+    name: str
+    sequence: int
+
+
+class DeleteCursor(Op, frozen=True, kw_only=True, tag=True):
+    """Raises CursorNotFound."""
+
+    principal: str
+    name: str
+
+
+class TrimChangeLog(Op, frozen=True, kw_only=True, tag=True):
+    """Drops the oldest changes that nobody needs, some at a time, into the base that the rest is
+    replayed from. Result: how many went. What may go is decided inside the transaction.
+    """
+
+    history_count: int
+    """So many stay in any case."""
+    lag_count_max: int
+    """A cursor further behind than this is left behind."""
+
+
 BookkeepingOp: TypeAlias = (
-    RememberAppends
+    PutCursor
+    | AckCursor
+    | DeleteCursor
+    | TrimChangeLog
+    | RememberAppends
     | ForgetAppends
     | AcquireLease
     | RenewLeases

@@ -296,3 +296,15 @@ class GcRecord(Record, array_like=True, frozen=True, kw_only=True):
     reason: str
     doomed: bool = False
     """The row is gone and deletion may be under way: no publication may name the key again."""
+
+
+class CursorRecord(Record, array_like=True, frozen=True, kw_only=True):
+    """A subscriber of the change log: all up to `acknowledged` is behind it. It has expired when
+    the log was trimmed beyond that.
+    """
+
+    principal: str
+    name: str
+    acknowledged: int
+    created_at_us: int
+    acknowledged_at_us: int

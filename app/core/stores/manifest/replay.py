@@ -14,17 +14,19 @@ Catalogue: TypeAlias = Mapping[str, Mapping[bytes, Any]]
 """Table name to key to row, for each of `CATALOGUE_TABLES`; `ManifestView.catalogue` is one."""
 
 
-def replay(changes: Iterable[ChangeRecord], *, base: Catalogue | None = None) -> Catalogue:
-    """Pure. `base` is the catalogue before the first change, where the log was trimmed.
+def replay(
+    changes: Iterable[ChangeRecord], *, base: Catalogue | None = None, behind: int = 0
+) -> Catalogue:
+    """Pure. `base` is the catalogue behind the change `behind`, up to which the log was trimmed.
 
     Raises `InvariantViolation` where the sequence has a hole.
     """
     rows = MemoryRows()
     for table in CATALOGUE_TABLES:
         rows.tables[table.name] = {} if base is None else dict(base.get(table.name, {}))
-    last: int | None = 0 if base is None else None
+    last = behind
     for change in changes:
-        if last is not None and change.sequence != last + 1:
+        if change.sequence != last + 1:
             raise InvariantViolation(
                 "The change log is not dense.", sequence=change.sequence, newest=last
             )

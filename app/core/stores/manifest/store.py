@@ -10,7 +10,7 @@ Crash: what a receipt was given for is there; what waited is wholly there or who
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
@@ -87,9 +87,11 @@ class ManifestStore:
             process_id=process_id,
             before_group=self._views.end_parked,
             on_failure=self._fail,
+            on_changed=self._tell_changed,
             waiting_batches_max=waiting_batches_max,
         )
         self._closed = False
+        self._waiting_for_change: set[asyncio.Future[None]] = set()
 
     @classmethod
     async def open(
@@ -188,6 +190,15 @@ class ManifestStore:
         """For reads that walk over many rows."""
         return await self._pool.run(self.read_blocking, function)
 
+    def next_change(self) -> asyncio.Future[None]:
+        """Resolved when the change log has grown. Take it before reading, and cancel it if it is
+        no longer waited for.
+        """
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._waiting_for_change.add(waiter)
+        waiter.add_done_callback(self._waiting_for_change.discard)
+        return waiter
+
     async def stats(self) -> ManifestStats:
         return await self._pool.run(self._stats_blocking)
 
@@ -218,6 +229,18 @@ class ManifestStore:
             waiting_batches=self._writer.waiting(),
             entries=entries,
         )
+
+    def _tell_changed(self) -> None:
+        """On the writer's thread. Nobody waits: nothing is woken."""
+        if not self._waiting_for_change:
+            return
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._wake_for_change)
+
+    def _wake_for_change(self) -> None:
+        for waiter in list(self._waiting_for_change):
+            if not waiter.done():
+                waiter.set_result(None)
 
     def _fail(self, failure: StorageFailure) -> None:
         """On any thread."""

@@ -13,6 +13,7 @@ from app.core.stores.manifest.records import (
     ChangeRecord,
     ChunkDeltaRecord,
     ChunkRecord,
+    CursorRecord,
     DatabaseRecord,
     GcRecord,
     GenerationRecord,
@@ -61,7 +62,8 @@ GENERATIONS = Table("generations", RecordCodec(GenerationRecord))
 SNAPSHOTS: Table[bytes] = Table("snapshot_index", BytesCodec())
 FORKS: Table[bytes] = Table("forks", BytesCodec())
 CHANGE_LOG = Table("change_log", RecordCodec(ChangeRecord))
-CHANGE_CURSORS: Table[bytes] = Table("change_cursors", BytesCodec())
+CHANGE_BASE: Table[bytes] = Table("change_base", BytesCodec())
+CHANGE_CURSORS = Table("change_cursors", RecordCodec(CursorRecord))
 JOBS = Table("job_queue", RecordCodec(JobRecord))
 JOBS_PENDING: Table[bytes] = Table("job_pending_index", BytesCodec())
 JOBS_UNFINISHED: Table[bytes] = Table("job_unfinished_index", BytesCodec())
@@ -89,6 +91,7 @@ TABLES: tuple[Table[Any], ...] = (
     SNAPSHOTS,
     FORKS,
     CHANGE_LOG,
+    CHANGE_BASE,
     CHANGE_CURSORS,
     JOBS,
     JOBS_PENDING,
@@ -117,6 +120,8 @@ CATALOGUE_TABLES: tuple[Table[Any], ...] = (
 # --- keys of `schema`
 
 CHANGE_SEQUENCE = b"counter/change_sequence"
+CHANGE_BASE_SEQUENCE = b"counter/change_base_sequence"
+"""All changes up to it are trimmed, and in `change_base`."""
 DATABASE_IDS = b"counter/database_id"
 LEASE_TOKENS = b"counter/lease_token"
 GC_SEQUENCE = b"counter/gc_sequence"
@@ -195,3 +200,21 @@ def blob_key(key: str) -> bytes:
     if len(raw) <= _JOINED_KEY_BYTES_MAX:
         return raw
     return b"sha256:" + hashlib.sha256(raw).digest()
+
+
+def base_key(table: Table[Any], key: bytes) -> bytes:
+    """`change_base`: the row `key` of a catalogue's table, as it was when the log was trimmed."""
+    return base_prefix(table) + key
+
+
+def base_prefix(table: Table[Any]) -> bytes:
+    return table.stored_name + b"/"
+
+
+def cursor_key(principal: str, name: str) -> bytes:
+    return cursor_prefix(principal) + name.encode()
+
+
+def cursor_prefix(principal: str) -> bytes:
+    """Principals may have any name of any length."""
+    return hashlib.sha256(principal.encode()).digest()

@@ -13,6 +13,7 @@ from app.core.stores.manifest.records import (
     ChangeRecord,
     ChunkDeltaRecord,
     ChunkRecord,
+    CursorRecord,
     DatabaseRecord,
     GcRecord,
     GenerationRecord,
@@ -28,6 +29,9 @@ from app.core.stores.manifest.records import (
 from app.core.stores.manifest.rows import CommittedRows
 from app.core.stores.manifest.tables import (
     CATALOGUE_TABLES,
+    CHANGE_BASE,
+    CHANGE_BASE_SEQUENCE,
+    CHANGE_CURSORS,
     CHANGE_LOG,
     CHANGE_SEQUENCE,
     CHUNKS,
@@ -49,8 +53,11 @@ from app.core.stores.manifest.tables import (
     TABLES,
     TENANTS,
     Table,
+    base_prefix,
     blob_key,
     chunk_prefix,
+    cursor_key,
+    cursor_prefix,
     generation_key,
     job_lease_prefix,
     meta_key,
@@ -269,6 +276,30 @@ class ManifestView:
     def last_sequence(self) -> int:
         raw = self._get(SCHEMA, CHANGE_SEQUENCE)
         return 0 if raw is None else number_of(raw)
+
+    def trimmed_through(self) -> int:
+        """The last change that was trimmed; 0: none ever was."""
+        raw = self._get(SCHEMA, CHANGE_BASE_SEQUENCE)
+        return 0 if raw is None else number_of(raw)
+
+    def change_base(self) -> dict[str, dict[bytes, Any]]:
+        """The catalogue behind the last trimmed change, from which the rest is replayed."""
+        with self._access as rows:
+            return {
+                table.name: {
+                    key[len(prefix) :]: table.codec.decode(raw)
+                    for key, raw in rows.scan(CHANGE_BASE, prefix)
+                }
+                for table in CATALOGUE_TABLES
+                for prefix in (base_prefix(table),)
+            }
+
+    def cursor(self, principal: str, name: str) -> CursorRecord | None:
+        return self._get(CHANGE_CURSORS, cursor_key(principal, name))
+
+    def cursors(self, principal: str) -> list[CursorRecord]:
+        """By name."""
+        return self._all(CHANGE_CURSORS, cursor_prefix(principal))
 
     def catalogue(self) -> dict[str, dict[bytes, Any]]:
         """All of the catalogue's tables, as `replay` gives them: for fsck."""

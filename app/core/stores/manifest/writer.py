@@ -59,7 +59,9 @@ class Waiting(NamedTuple):
 
 
 class ManifestWriter:
-    """`before_group` runs on the writer's thread ahead of each transaction; `on_failure` once."""
+    """On the writer's thread, `before_group` runs ahead of each transaction, `on_changed` behind
+    each that the change log has grown by; `on_failure` once.
+    """
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class ManifestWriter:
         process_id: str,
         before_group: Callable[[], None],
         on_failure: Callable[[StorageFailure], None],
+        on_changed: Callable[[], None] = lambda: None,
         waiting_batches_max: int = WAITING_BATCHES_MAX,
     ) -> None:
         self._environment = environment
@@ -78,6 +81,7 @@ class ManifestWriter:
         self._process_id = process_id
         self._before_group = before_group
         self._on_failure = on_failure
+        self._on_changed = on_changed
         self._waiting_batches_max = waiting_batches_max
         self._queue: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -176,6 +180,8 @@ class ManifestWriter:
             seconds = self._clock.monotonic() - started
             self._events.debug("manifest.committed", batches=len(group), seconds=seconds)
         _settle(list(zip(group, outcomes, strict=True)))
+        if any(isinstance(one, Receipt) and one.sequence is not None for one in outcomes):
+            self._on_changed()
 
     def _commit_together(self, group: Sequence[Waiting]) -> list[Outcome]:
         """One transaction; nobody is answered, refused or not, before it has committed."""
