@@ -211,6 +211,7 @@ class Follower:
             or last.salts != log.salts
             or log.end >= last.end + self._limits.checkpoint_bytes // 4,
             image_reason=self._image_reason,
+            confirmed=self._confirmed,
             waited_for=source.lock is not None and await self._is_waited_for(source, log),
         )
 
@@ -245,9 +246,8 @@ class Follower:
                 await self._send_image(source, reason)
             case SqliteCheckpoint(offset=offset):
                 await self._sqlite_checkpoint(source, view.log, offset)
-            case StepAside():
-                await self._blocking(source.step_aside_blocking, view.log.salts)
-                await self._rest(SETTLE_SECONDS[2])  # who waits sleeps too, between its tries
+            case StepAside(offset=offset):
+                await self._step_aside(source, view.log, offset)
             case Wait(caught_up=caught_up):
                 await self._wait(source, view, caught_up=caught_up)
 
@@ -421,6 +421,18 @@ class Follower:
         self._note(
             "sqlite_checkpoint", "The log was copied into the database file.", log_bytes=log.end
         )
+
+    async def _step_aside(self, source: Source, log: Log, offset: int) -> None:
+        carried = await self._blocking(
+            lambda: source.step_aside_blocking(
+                salts=log.salts,
+                offset=offset,
+                carried_bytes_max=carried_bytes_max(log, self._limits),
+            )
+        )
+        if carried is not None:
+            self._carried = carried if carried.data else None
+        await self._rest(SETTLE_SECONDS[2])  # who waits sleeps too, between its tries
 
     async def _let_go(self, source: Source, reason: str, view: View) -> None:
         await self._blocking(source.let_go_blocking)

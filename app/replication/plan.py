@@ -76,6 +76,8 @@ class View:
     """The service did not answer, and it is not yet time to ask again."""
     may_checkpoint: bool
     image_reason: str | None = None
+    confirmed: Position | None = None
+    """The last place that the service said it has: it is there, or further on."""
     waited_for: bool = False
     """Another process keeps writers out until it has the log for itself (a sqlite_checkpoint that
     restarts or truncates it), which the lock is in the way of.
@@ -110,7 +112,6 @@ class SendWal:
 class SendCarried:
     start: int
     """Within the carried bytes."""
-    after_lsn: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,9 @@ class SqliteCheckpoint:
 @dataclass(frozen=True, slots=True)
 class StepAside:
     """Begin the read transaction anew, so that who waits for it gets on."""
+
+    offset: int
+    """Frames from here are carried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +161,7 @@ def decide(view: View, limits: Limits) -> Action:
     if view.away:
         if view.log.end > limits.log_bytes:
             return LetGo("the service is away")
-        if _is_in_the_way(view):
-            return LetGo("the application waits for it, and the service is away")
-        return Wait(caught_up=False)
+        return _step_aside_unsent(view, limits) if _is_in_the_way(view) else Wait(caught_up=False)
     if view.position is None:
         return AskPosition()
     if view.image_reason is not None:
@@ -212,8 +214,23 @@ def _same_log(view: View, position: Position, limits: Limits) -> Action:
     if unsent > 0:
         return SendWal(position.offset, log.end, None)
     if _is_in_the_way(view):
-        return StepAside()
+        return StepAside(position.offset)
     return Wait(caught_up=True)
+
+
+def _step_aside_unsent(view: View, limits: Limits) -> Action:
+    """The application does not wait for a service that is away: what is not sent is kept in memory,
+    if it is of one log and not too much.
+    """
+    log, confirmed = view.log, view.confirmed
+    if (
+        confirmed is not None
+        and confirmed.salts == log.salts
+        and confirmed.offset > 0
+        and 0 <= log.end - confirmed.offset <= carried_bytes_max(log, limits)
+    ):
+        return StepAside(confirmed.offset)
+    return LetGo("the application waits for it, and the service is away")
 
 
 def _is_in_the_way(view: View) -> bool:

@@ -7,10 +7,11 @@ any descriptor of the database file or of `-shm` would drop them all: both are o
 and closed behind the last connection. No second Source of one file may live in a process.
 Crash: the system drops the locks; nothing is left behind but what SQLite itself recovers.
 
-Connections: the tailer holds the read transaction; it is read-only, so that closing it last leaves
-the log where it is (a closing last writer would copy the log and delete it, and the next run would
-have to send an image). The guard holds BEGIN IMMEDIATE and never writes. The third one runs
-sqlite_checkpoints. None of them does so by itself.
+Connections: one of two tailers holds the read transaction; the other one takes over where it has to
+begin anew with writers about. They are read-only, so that closing them last leaves the log where it
+is (a closing last writer would copy the log and delete it, and the next run would have to send an
+image). The guard holds BEGIN IMMEDIATE and never writes. The last one runs sqlite_checkpoints. None
+of them does so by itself.
 """
 
 import contextlib
@@ -46,6 +47,7 @@ MAGIC = b"SQLite format 3\x00"
 BUSY_SECONDS = 2.0
 WRITE_LOCK_PAUSE_SECONDS = 0.0005
 WRITE_LOCK_TRIES = 4000
+HAND_OVER_TRIES = 5
 INDEX_READS_MAX = 100
 SIDE_FILES = ("-wal", "-shm", "-journal")
 
@@ -103,6 +105,7 @@ class Source:
         self._log_fd = -1
         self._index_fd = -1
         self._connections: list[sqlite3.Connection] = []
+        self._tailer_no = 0
         status = os.fstat(database_fd)
         self.file_id: FileId = (status.st_dev, status.st_ino)
 
@@ -132,7 +135,7 @@ class Source:
 
     def close_blocking(self) -> None:
         self.lock = None
-        # the read-only one is the first of them, so it closes last
+        # the read-only ones are the first of them, so they close last
         for connection in reversed(self._connections):
             with contextlib.suppress(sqlite3.Error):
                 connection.close()
@@ -183,28 +186,41 @@ class Source:
         writer = self._holder(_WRITE_LOCK_BYTE)
         return writer if writer == self._holder(_CHECKPOINT_LOCK_BYTE) else None
 
-    def step_aside_blocking(self, salts: Salts) -> None:
+    def step_aside_blocking(
+        self, *, salts: Salts, offset: int, carried_bytes_max: int
+    ) -> Carried | None:
         """The read transaction anew, without locking writers out: somebody else has done so. The
-        lock is gone, and has to be taken again, if the log has changed meanwhile. Nothing is done
-        where the log is no longer that of `salts`.
+        other tailer begins before this one ends, so that the lock is never gone: the frames from
+        `offset` on are given out, and may be overwritten from now on. None if the log is another,
+        is too long for that or does not stand still: nothing was done. Raises SourceProblem.
         """
-        before = self._log_or_problem()
-        if before.salts != salts:
-            return
-        self.let_go_blocking()
+        successor = self._connections[1 - self._tailer_no]
         try:
-            self._tailer.execute("BEGIN")
-            self._tailer.execute("PRAGMA schema_version").fetchone()
+            for _ in range(HAND_OVER_TRIES):
+                before = self._log_or_problem()
+                if self.lock is None or before.salts != salts:
+                    return None
+                if not 0 <= before.end - offset <= carried_bytes_max:
+                    return None
+                data = self.read_log_blocking(salts, offset, before.end)
+                successor.execute("BEGIN")
+                successor.execute("PRAGMA schema_version").fetchone()
+                after = self._log_or_problem()
+                # what is the same before and behind is what the successor sees
+                if (after.salts, after.frames) == (before.salts, before.frames):
+                    self._rollback(self._tailer)
+                    self._tailer_no = 1 - self._tailer_no
+                    # as of before: were it copied only now, the successor would still read the log
+                    self.lock = replace(after, backfilled=before.backfilled)
+                    return Carried(salts=salts, offset=offset, data=data)
+                self._rollback(successor)
+        except LogMoved:
+            return None
         except sqlite3.Error as error:
-            self.let_go_blocking()
             raise SourceProblem(f"{self.path}: {error}") from error
-        # what is the same before and behind is what the transaction sees
-        after = self._log_or_problem()
-        if (after.salts, after.frames) == (before.salts, before.frames):
-            # as of before: were it copied only now, the transaction would still read the log
-            self.lock = replace(after, backfilled=before.backfilled)
-        else:
-            self.let_go_blocking()
+        finally:
+            self._rollback(self._connections[1 - self._tailer_no])
+        return None
 
     def backfill_blocking(self) -> None:
         """Without the lock: shortens a log that nobody else shortens."""
@@ -310,7 +326,10 @@ class Source:
         guard.execute("PRAGMA busy_timeout=0")
         self._index_fd = os.open(f"{self.path}-shm", os.O_RDONLY | os.O_CLOEXEC)
         self._log_fd = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
-        self._connections = [self._connect("ro"), guard, self._connect("rw")]
+        self._connections = [
+            *(self._connect("ro"), self._connect("ro")),
+            *(guard, self._connect("rw")),
+        ]
         # opened now, so that a file that is moved later is not opened anew by its name
         for connection in self._connections:
             connection.execute("PRAGMA schema_version").fetchone()
@@ -350,15 +369,15 @@ class Source:
 
     @property
     def _tailer(self) -> sqlite3.Connection:
-        return self._connections[0]
+        return self._connections[self._tailer_no]
 
     @property
     def _guard(self) -> sqlite3.Connection:
-        return self._connections[1]
+        return self._connections[2]
 
     @property
     def _checkpointer(self) -> sqlite3.Connection:
-        return self._connections[2]
+        return self._connections[3]
 
     @contextlib.contextmanager
     def _writers_out(self) -> Iterator[None]:

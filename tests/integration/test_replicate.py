@@ -334,6 +334,40 @@ async def test_a_log_beyond_its_bound_is_let_go_and_an_image_follows(
     assert_equal(stub, database)
 
 
+TRUNCATE = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], timeout=60)
+print(connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
+"""
+
+
+async def test_an_application_gets_its_log_though_the_service_is_away(
+    tmp_path, database, stub, processes
+):
+    """What is not sent yet is kept: no image follows."""
+    with closing(sqlite3.connect(database, isolation_level=None)) as application:
+        application.execute("PRAGMA wal_autocheckpoint=0")
+        async with followed(database, stub.url) as following:
+            application.execute("INSERT INTO done VALUES (1, 0)")
+            await wait_until(lambda: committed(stub) == 1)
+            application.execute("INSERT INTO done VALUES (2, 0)")
+            await wait_until(lambda: committed(stub) == 2)
+            stub.stop()
+            application.execute("INSERT INTO done VALUES (3, 0)")
+            await wait_until(lambda: following.fleet.statuses[NAME].away)
+            truncating = Process(tmp_path / "truncating", "-c", TRUNCATE, str(database))
+            processes.append(truncating)
+            assert await asyncio.to_thread(truncating.wait) == 0
+            assert truncating.lines() == ["0"], "it was not refused as busy"
+            assert log_bytes(database) == 0
+            application.execute("INSERT INTO done VALUES (4, 0)")
+            stub.start()
+            await wait_until(lambda: committed(stub) == 4, timeout=30)
+    assert "let_go" not in following.kinds()
+    assert stub.databases[NAME].images == 1, following.reasons()
+    assert_equal(stub, database)
+
+
 async def test_an_idle_log_does_not_grow_and_the_writer_is_not_held_up(
     tmp_path, database, stub, processes
 ):

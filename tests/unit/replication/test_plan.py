@@ -194,16 +194,33 @@ def test_a_log_of_twice_the_bound_is_let_go_where_it_cannot_be_carried():
 
 def test_who_waits_for_the_log_gets_it_once_all_is_sent():
     waited_for = view(position=sent(10), waited_for=True)
-    assert decide(waited_for, LIMITS) == StepAside()
+    assert decide(waited_for, LIMITS) == StepAside(at(10))
     assert decide(replace(waited_for, position=sent(9)), LIMITS) == SendWal(at(9), at(10), None)
     free = replace(waited_for, log=log(backfilled=10), lock=log(backfilled=10))
     assert decide(free, LIMITS) == Wait(caught_up=True)
 
 
 def test_who_waits_for_the_log_is_not_held_up_by_a_service_that_is_away():
-    away = view(position=None, waited_for=True, away=True)
-    assert isinstance(decide(away, LIMITS), LetGo)
+    away = view(position=None, confirmed=sent(8), waited_for=True, away=True)
+    assert decide(away, LIMITS) == StepAside(at(8))
     assert decide(replace(away, waited_for=False), LIMITS) == Wait(caught_up=False)
+
+
+@pytest.mark.parametrize(
+    "confirmed",
+    [
+        None,
+        Position(last_lsn=50, salts=OTHER, offset=at(8)),  # frames of two logs would be carried
+        Position(last_lsn=50, salts=OLD, offset=0),
+        Position(last_lsn=50, salts=OLD, offset=at(11)),
+        Position(last_lsn=50, salts=OLD, offset=at(7)),  # too much
+    ],
+)
+def test_what_cannot_be_carried_is_let_go_for_who_waits(confirmed):
+    limits = replace(LIMITS, carried_bytes=2 * FRAME)
+    away = view(position=None, confirmed=confirmed, waited_for=True, away=True)
+    assert isinstance(decide(away, limits), LetGo)
+    assert decide(replace(away, confirmed=sent(8)), limits) == StepAside(at(8))
 
 
 def sent(frames):

@@ -209,25 +209,80 @@ print(connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
 
 def test_another_process_that_waits_for_the_log_gets_it(source, application, path):
     """As sqld does when it starts after a crash: without it, it does not start."""
+    insert(application, 2)
+    offset = source.log_blocking().end
     insert(application, 5)
     source.take_lock_blocking()
     before = source.lock
+    expected = source.read_log_blocking(before.salts, offset, before.end)
     assert source.waiting_pid_blocking() is None
     with subprocess.Popen([sys.executable, "-c", TRUNCATE, path], stdout=subprocess.PIPE) as child:
         deadline = time.monotonic() + 20
         while child.poll() is None and time.monotonic() < deadline:
             is_free = source.lock.backfilled == source.lock.frames
             if source.waiting_pid_blocking() == child.pid and not is_free:
-                source.step_aside_blocking(before.salts)
-                assert source.lock is not None
-                assert source.lock.salts == before.salts
-                assert source.lock.end == before.end
-            time.sleep(0.05)  # as a follower does: SQLite sleeps up to 100 ms between its tries
+                carried = step_aside(source, before, offset)
+                if carried is None:
+                    break  # it has the log already
+                assert (carried.data, carried.end) == (expected, before.end)
+            assert source.lock.salts == before.salts
+            assert source.lock.end == before.end
+            time.sleep(0.01)
         assert child.communicate(timeout=20)[0] == b"0\n", "not busy"
     assert source.log_blocking().frames == 0
     insert(application)
     assert source.log_blocking().salts != before.salts
     assert source.lock.end == before.end, "the new log follows it"
+
+
+def test_stepping_aside_never_lets_go_of_the_log(source, application, path, monkeypatch):
+    """Whatever happens between the looks at it: here, somebody truncates it each time."""
+    insert(application, 3)
+    source.take_lock_blocking()
+    before = source.lock
+    look = source.log_blocking
+
+    def look_and_truncate():
+        seen = look()
+        application.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        return seen
+
+    monkeypatch.setattr(source, "log_blocking", look_and_truncate)
+    for _ in range(3):
+        if step_aside(source, before, before.end) is None:
+            break
+    monkeypatch.undo()
+    assert source.lock.end == before.end
+    assert source.lock.salts == before.salts
+    insert(application)
+    first = source.log_blocking().salts
+    assert first != before.salts, "it was restarted"
+    application.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    insert(application)
+    assert source.log_blocking().salts == first, "once, and not again: nothing was missed"
+
+
+def test_a_log_that_grows_meanwhile_is_not_stepped_aside_of(source, application, monkeypatch):
+    insert(application, 3)
+    source.take_lock_blocking()
+    before = source.lock
+    look = source.log_blocking
+
+    def look_and_write():
+        insert(application)
+        return look()
+
+    monkeypatch.setattr(source, "log_blocking", look_and_write)
+    assert step_aside(source, before, before.end) is None
+    assert source.lock == before
+    monkeypatch.undo()
+    assert step_aside(source, before, before.end, at_most=10) is None, "too much to carry"
+    carried = step_aside(source, before, before.end)
+    assert source.lock.end == carried.end == source.log_blocking().end
+
+
+def step_aside(source, log, offset, at_most=1 << 20):
+    return source.step_aside_blocking(salts=log.salts, offset=offset, carried_bytes_max=at_most)
 
 
 def test_a_writer_alone_is_not_waited_for(source, application, path):
