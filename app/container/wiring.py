@@ -45,6 +45,7 @@ from app.core.stores.wal.store import WalStore
 from app.core.workers.change_trim import ChangeTrim
 from app.core.workers.janitor import ScratchJanitor
 from app.core.workers.job_loop import JobLoop
+from app.core.workers.lease_reaper import LeaseReaper
 from app.core.workers.prefix_claim import PrefixClaim
 from app.core.workers.pruning import Pruning
 from app.core.workers.supervisor import Supervisor
@@ -110,6 +111,12 @@ async def open_container(
         for worker in (
             claim,
             janitor,
+            LeaseReaper(
+                ground.manifest,
+                clock=ground.clock,
+                events=events,
+                lease_ttl_seconds=settings.lease_ttl_seconds,
+            ),
             WalSweep(storage.release, clock=ground.clock, events=events),
             Pruning(
                 ground.manifest,

@@ -113,6 +113,7 @@ class CheckpointExecutor:
                 keep_leases(
                     self._parts.manifest,
                     job_id=hold.job.job_id,
+                    count=len(tokens),
                     ttl_seconds=self._limits.lease_ttl_seconds,
                     clock=self._parts.clock,
                 ),

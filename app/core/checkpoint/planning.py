@@ -43,6 +43,7 @@ class CheckpointPlanning:
             if database is None:
                 raise InvariantViolation("a checkpoint of no database", db_id=job.db_id)
             chunks = view.chunk_view(job.db_id, database.generation)
+            rows = {row.segment_id: row for row in view.segments(job.db_id)}
             flags = flags_of(view, job.tenant)
         with_deltas = self._limits.deltas.enabled and flags.enable_chunk_deltas
         epoch = parts.ownership.epoch
@@ -58,8 +59,10 @@ class CheckpointPlanning:
                         last_lsn=info.last_lsn,
                         segment_bytes=info.file_bytes,
                         line_safe=info.line_safe,
+                        visible_last=rows[info.segment_id].visible_last,
                     )
                     for info in segments
+                    if rows[info.segment_id].state == "sealed"
                 ),
                 checkpoint_id=checkpoint_id(
                     generation=database.generation + 1, epoch=epoch, job_id=JobId(job.job_id)

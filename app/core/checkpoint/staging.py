@@ -93,7 +93,7 @@ def stage_segment_blocking(
         ),
         first=action.first_lsn,
         last=action.last_lsn,
-        visible_last=action.last_lsn,
+        visible_last=action.last_lsn if action.visible_last is None else action.visible_last,
         codec=plan.codec,
         directory_offset=directory_offset,
         directory_bytes=directory_bytes,

@@ -1,12 +1,14 @@
-"""Frees WAL that a durable generation covers (I4).
+"""Frees WAL that a durable generation covers (I4), or of which a truncation left nothing.
 
-Order: the file, then its row. A crash between leaves a `checkpointed` row without a file, which
-recovery allows and the next release removes. Segments that a reader pins stay for a later call.
+Order: the file, then its row. A crash between leaves such a row without a file, which recovery
+allows and the next release removes. Segments that a reader pins stay for a later call.
 """
 
 from app.core.base.events import Events
 from app.core.stores.manifest.ops import ManifestBatch, Op, RemoveSegment
+from app.core.stores.manifest.records import WalSegmentRecord
 from app.core.stores.manifest.store import ManifestStore
+from app.core.stores.manifest.view import ManifestView
 from app.core.stores.wal.store import WalStore
 
 
@@ -19,14 +21,7 @@ class WalRelease:
     async def release(self, db_id: int) -> int:
         """Removes what may go of one database; returns the number of segments."""
         with self._manifest.read() as view:
-            covered = [
-                row.segment_id
-                for row in view.segments(db_id)
-                if row.state == "checkpointed"
-                and row.covering_generation is not None
-                and (generation := view.generation(db_id, row.covering_generation)) is not None
-                and generation.document_stored
-            ]
+            covered = [row.segment_id for row in view.segments(db_id) if _may_go(view, row)]
         if not covered:
             return 0
         removed = await self._wal.log(db_id).remove(covered)
@@ -41,6 +36,15 @@ class WalRelease:
     async def release_all(self) -> None:
         """For start and for the sweep of what readers had pinned."""
         with self._manifest.read() as view:
-            waiting = {row.db_id for row in view.all_segments() if row.state == "checkpointed"}
+            waiting = {
+                row.db_id for row in view.all_segments() if row.state in {"checkpointed", "dropped"}
+            }
         for db_id in sorted(waiting):
             await self.release(db_id)
+
+
+def _may_go(view: ManifestView, row: WalSegmentRecord) -> bool:
+    if row.state != "checkpointed" or row.covering_generation is None:
+        return row.state == "dropped"
+    generation = view.generation(row.db_id, row.covering_generation)
+    return generation is not None and generation.document_stored

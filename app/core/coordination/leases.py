@@ -6,15 +6,17 @@ from app.core.stores.manifest.store import ManifestStore
 
 
 async def keep_leases(
-    manifest: ManifestStore, *, job_id: str, ttl_seconds: float, clock: Clock
+    manifest: ManifestStore, *, job_id: str, count: int, ttl_seconds: float, clock: Clock
 ) -> None:
-    """Renews until cancelled. Raises LeaseLost when one expired or was released by force: an
-    expired lease is never renewed, and the publication would be refused all the same (I6).
+    """Renews the job's `count` leases until cancelled. Raises LeaseLost when one expired, was
+    reaped or was released by force: it is never renewed, and the publication would be refused all
+    the same (I6).
     """
     while True:
         await clock.sleep(ttl_seconds / 3)
         await manifest.commit(
             ManifestBatch(
-                ops=(RenewLeases(job_id=job_id, ttl_seconds=ttl_seconds),), reason="lease.renewed"
+                ops=(RenewLeases(job_id=job_id, ttl_seconds=ttl_seconds, count_min=count),),
+                reason="lease.renewed",
             )
         )

@@ -32,6 +32,8 @@ class SealAsBase(msgspec.Struct, frozen=True, kw_only=True, tag="seal_as_base"):
     last_lsn: int
     segment_bytes: int
     line_safe: bool
+    visible_last: int | None = None
+    """Where a tail truncation cut it; None: nowhere."""
 
     @property
     def staged_bytes_max(self) -> int:
@@ -148,6 +150,7 @@ class SegmentView:
     last_lsn: int
     segment_bytes: int
     line_safe: bool
+    visible_last: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

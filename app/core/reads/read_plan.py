@@ -88,16 +88,18 @@ def plan_spans(
     to_lsn: int | None,
     limit: int | None,
     next_lsn: int,
+    cut: Iterable[tuple[int, int]] = (),
 ) -> ReadPlan:
     """The first readable LSN at or after `from_lsn`, and what follows it without a gap: up to
     `to_lsn` (inclusive), at most `limit` records.
 
     `next_lsn`: every LSN below it is durable in what is given here, or will never exist.
-    `segments` need only be those that reach into the range.
+    `segments` need only be those that reach into the range. `cut`: what truncations took of them,
+    first and last LSNs.
     """
     end = next_lsn - 1 if to_lsn is None else min(to_lsn, next_lsn - 1)
     visible = [row for row in chunks if row.blob is not None]
-    wal = _line_up(_wal_pieces(segments, _hidden(visible)))
+    wal = _line_up(_wal_pieces(segments, _hidden(visible, cut)))
     published = _line_up(_Piece(row.first, row.visible_last, row) for row in visible)
 
     def following(lsn: int) -> int:
@@ -152,10 +154,10 @@ def _line_up(pieces: Iterable[_Piece]) -> _Line:
     return _Line(sorted(kept, key=lambda piece: piece.first))
 
 
-def _hidden(chunks: Iterable[ChunkRecord]) -> list[tuple[int, int]]:
-    """What tail truncations took from chunks: no copy of it may be shown, the WAL's neither."""
-    cut = ((max(row.visible_last + 1, row.first), row.last) for row in chunks)
-    return sorted((first, last) for first, last in cut if first <= last)
+def _hidden(chunks: Iterable[ChunkRecord], cut: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What tail truncations took, of chunks or of the WAL: no copy of it may be shown."""
+    of_chunks = ((max(row.visible_last + 1, row.first), row.last) for row in chunks)
+    return sorted((first, last) for first, last in (*of_chunks, *cut) if first <= last)
 
 
 def _wal_pieces(
@@ -166,7 +168,7 @@ def _wal_pieces(
         for first, last in hidden:
             if last >= at and first <= segment.durable_last_lsn:
                 yield _Piece(at, first - 1, segment)
-                at = last + 1
+                at = max(at, last + 1)
         yield _Piece(at, segment.durable_last_lsn, segment)
 
 

@@ -89,17 +89,20 @@ class RecordReader:
         to_lsn: int | None,
         limit: int | None,
         as_lines: bool,
+        cut: Sequence[tuple[int, int]] = (),
     ) -> RecordStream:
         """A stream, to be closed by the caller. `pin` is released with it, or when this raises.
 
-        `chunks` are the newest generation's; `pin` and `next_lsn` are of one moment after it was
-        read. As lines, the whole range is looked through first unless it is known to be safe.
+        `chunks` are the newest generation's and `cut` what truncations took of the WAL; `pin` and
+        `next_lsn` are of the same moment. As lines, the whole range is looked through first unless
+        it is known to be safe.
         Raises NotLineRecords, CorruptBlob, CorruptWal, RemoteUnavailable.
         """
         try:
             plan = plan_spans(
                 chunks, pin.segments,
                 from_lsn=from_lsn, to_lsn=to_lsn, limit=limit, next_lsn=next_lsn,
+                cut=cut,
             )  # fmt: skip
             if as_lines:
                 unsafe = [span for span in plan.spans if not span.line_safe]

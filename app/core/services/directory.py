@@ -142,6 +142,7 @@ def catalog_segment(row: WalSegmentRecord) -> CatalogSegment:
         segment_id=row.segment_id,
         first_lsn=row.first_lsn,
         ceiling_lsn=row.ceiling_lsn,
-        state=row.state,
+        # Of a dropped one, as of a published one, nothing depends on the file.
+        state="checkpointed" if row.state == "dropped" else row.state,
         last_lsn=row.last_lsn,
     )

@@ -176,7 +176,7 @@ class Fsck:
         for row in seen.segments:
             path = self._wal_root / str(row.db_id) / f"{row.segment_id:016d}.wal"
             where = f"wal/{row.db_id}/{row.segment_id}"
-            if row.state == "checkpointed" or not await self._still(row):
+            if row.state in {"checkpointed", "dropped"} or not await self._still(row):
                 continue
             if not path.exists():
                 if await self._still(row):

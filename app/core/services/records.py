@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.core.base.errors import CorruptWal, LsnTruncated, WalLost
+from app.core.base.errors import CorruptWal, DatabaseNotFound, LsnTruncated, WalLost
 from app.core.formats.segment import EntryType
 from app.core.reads.record_reader import RecordReader, RecordStream
 from app.core.services.directory import DatabaseDirectory
@@ -82,23 +82,32 @@ class Records:
         newest record it is empty, after waiting up to `wait_seconds` for that record.
         Raises LsnTruncated, NotLineRecords.
         """
-        _, log = self._directory.require(tenant, name, "append_only")
+        record, log = self._directory.require(tenant, name, "append_only")
         if wait_seconds > 0 and from_lsn >= log.next_lsn:
             try:
                 async with asyncio.timeout(wait_seconds):
                     await log.wait_for(from_lsn)
             except TimeoutError:
                 pass  # an empty answer says where to go on
-        record = self._directory.read(tenant, name)
-        if from_lsn < record.first_lsn:
-            raise LsnTruncated(
-                f"LSN {from_lsn} was truncated; the oldest readable one is {record.first_lsn}.",
-                first_lsn=record.first_lsn,
-            )
+        # Pinned first: a row goes only after its file, so that what is pinned has one.
         pin = log.pin(from_lsn, to_lsn if to_lsn is not None else log.next_lsn)
         try:
             with self._manifest.read() as view:
-                chunks = view.chunk_view(record.db_id, record.generation)
+                found = view.database(record.db_id)
+                if found is None or found.state == "tombstoned":
+                    raise DatabaseNotFound(tenant=tenant, database=name)
+                if from_lsn < found.first_lsn:
+                    raise LsnTruncated(
+                        f"LSN {from_lsn} was truncated; the oldest readable one is "
+                        f"{found.first_lsn}.",
+                        first_lsn=found.first_lsn,
+                    )
+                chunks = view.chunk_view(found.db_id, found.generation)
+                cut = [
+                    (row.visible_last + 1, row.last_lsn)
+                    for row in view.segments(found.db_id)
+                    if row.visible_last is not None
+                ]
         except BaseException:
             pin.release()
             raise
@@ -110,4 +119,5 @@ class Records:
             to_lsn=to_lsn,
             limit=limit,
             as_lines=as_lines,
+            cut=cut,
         )

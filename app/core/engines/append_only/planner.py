@@ -27,6 +27,7 @@ def plan_checkpoint(context: PlannerContext) -> CheckpointPlan | None:
                 last_lsn=segment.last_lsn,
                 segment_bytes=segment.segment_bytes,
                 line_safe=segment.line_safe,
+                visible_last=segment.visible_last,
             )
         )
     return CheckpointPlan(

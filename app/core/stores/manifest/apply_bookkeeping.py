@@ -41,6 +41,7 @@ from app.core.stores.manifest.ops import (
     PutIdempotency,
     PutMeta,
     PutTenant,
+    ReapLeases,
     ReleaseLease,
     ReleaseLeases,
     RememberAppends,
@@ -126,6 +127,11 @@ def apply_bookkeeping(  # noqa: C901 - a case per op
             for lease in foreign:
                 _drop_lease(rows, lease)
             return len(foreign)
+        case ReapLeases():
+            dead = tuple(row for _, row in rows.scan(LEASES) if not is_live(row, context))
+            for lease in dead:
+                _drop_lease(rows, lease)
+            return dead
         case RememberAppends():
             rows.put(REMEMBERED, segment_key(op.db_id, op.segment_id), op.appends)
         case ForgetAppends():
@@ -272,6 +278,8 @@ def _acquire(rows: StagedRows, op: AcquireLease, context: BatchContext) -> int:
 
 def _renew(rows: StagedRows, op: RenewLeases, context: BatchContext) -> int:
     leases = leases_of(rows, op.job_id)
+    if len(leases) < op.count_min:
+        raise LeaseLost(job_id=op.job_id, held=len(leases), expected=op.count_min)
     for lease in leases:
         if not is_live(lease, context):
             raise LeaseLost(job_id=op.job_id, db_id=lease.db_id, chunk_id=lease.chunk_id)

@@ -19,8 +19,10 @@ from app.core.stores.manifest.errors import (
 from app.core.stores.manifest.ops import (
     AdvanceCheckpointed,
     CatalogueOp,
+    CompensateCheckpoint,
     CoverSegment,
     CreateDatabase,
+    CutSegment,
     DeleteChunk,
     DeleteChunkDelta,
     DeleteGeneration,
@@ -96,7 +98,7 @@ def apply_catalogue(rows: Rows, op: CatalogueOp) -> None:  # noqa: C901 - a case
             rows.delete(DELTAS, key)
         case RegisterSegment(row=segment):
             _register_segment(rows, segment)
-        case SealSegment() | CoverSegment() | RemoveSegment():
+        case SealSegment() | CoverSegment() | CutSegment() | RemoveSegment():
             _change_segment(rows, op)
         case PublishGeneration():
             _publish(rows, op)
@@ -110,6 +112,8 @@ def apply_catalogue(rows: Rows, op: CatalogueOp) -> None:  # noqa: C901 - a case
             rows.delete(DATABASES, number_key(op.db_id))
         case SetDatabaseState():
             _set_state(rows, op)
+        case CompensateCheckpoint():
+            require_database(rows, op.db_id)
         case SetHealth() | SetRetention() | RaiseFloor() | RaiseFirstLsn():
             _change_descriptor(rows, op)
         case RestoreGeneration(row=generation):
@@ -212,7 +216,9 @@ def _register_segment(rows: Rows, segment: WalSegmentRecord) -> None:
     rows.put(SEGMENTS, key, segment)
 
 
-def _change_segment(rows: Rows, op: SealSegment | CoverSegment | RemoveSegment) -> None:
+def _change_segment(
+    rows: Rows, op: SealSegment | CoverSegment | CutSegment | RemoveSegment
+) -> None:
     key = segment_key(op.db_id, op.segment_id)
     segment = _require(rows, SEGMENTS, key, op)
     match op:
@@ -228,19 +234,34 @@ def _change_segment(rows: Rows, op: SealSegment | CoverSegment | RemoveSegment) 
             sealed = replace(segment, state="sealed", last_lsn=op.last_lsn, bytes=op.bytes)
             rows.put(SEGMENTS, key, sealed)
         case CoverSegment():
-            if segment.state == "open":
+            if segment.state not in {"sealed", "checkpointed"}:
                 raise WrongState(
-                    "An open segment cannot be covered.", db_id=op.db_id, segment_id=op.segment_id
-                )
+                    f"The segment is {segment.state}, it cannot be covered.",
+                    db_id=op.db_id, segment_id=op.segment_id,
+                )  # fmt: skip
             rows.put(
                 SEGMENTS,
                 key,
                 replace(segment, state="checkpointed", covering_generation=op.generation),
             )
+        case CutSegment():
+            if segment.state == "open":
+                raise WrongState(
+                    "An open segment cannot be cut.", db_id=op.db_id, segment_id=op.segment_id
+                )
+            rows.put(SEGMENTS, key, _cut(segment, op.visible_last))
         case RemoveSegment():
             rows.delete(SEGMENTS, key)
         case _:
             assert_never(op)
+
+
+def _cut(segment: WalSegmentRecord, visible_last: int) -> WalSegmentRecord:
+    """A cut never gives anything back."""
+    before = segment.last_lsn if segment.visible_last is None else segment.visible_last
+    visible_last = min(before, visible_last)
+    gone = visible_last < segment.first_lsn
+    return replace(segment, visible_last=visible_last, state="dropped" if gone else segment.state)
 
 
 def _publish(rows: Rows, op: PublishGeneration) -> None:

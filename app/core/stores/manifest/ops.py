@@ -123,6 +123,16 @@ class SealSegment(Op, frozen=True, kw_only=True, tag=True):
     bytes: int
 
 
+class CutSegment(Op, frozen=True, kw_only=True, tag=True):
+    """A truncation: nothing above `visible_last` is readable or will be published. A segment of
+    which nothing is left becomes `dropped`. Refused while it is open.
+    """
+
+    db_id: int
+    segment_id: int
+    visible_last: int
+
+
 class RemoveSegment(Op, frozen=True, kw_only=True, tag=True):
     """The file goes after this commit (or is already gone)."""
 
@@ -156,6 +166,16 @@ class RaiseFirstLsn(Op, frozen=True, kw_only=True, tag=True):
 
     db_id: int
     first_lsn: int
+
+
+class CompensateCheckpoint(Op, frozen=True, kw_only=True, tag=True):
+    """Says in the change log that a truncation cancelled a checkpoint, which left nothing behind.
+    It changes no row.
+    """
+
+    db_id: int
+    job_id: str
+    cancelled_by: str
 
 
 class SetDatabaseState(Op, frozen=True, kw_only=True, tag=True):
@@ -208,11 +228,13 @@ CatalogueOp: TypeAlias = (
     | CoverSegment
     | RegisterSegment
     | SealSegment
+    | CutSegment
     | RemoveSegment
     | AdvanceCheckpointed
     | SetHealth
     | RaiseFloor
     | RaiseFirstLsn
+    | CompensateCheckpoint
     | SetDatabaseState
     | SetRetention
     | RemoveDatabase
@@ -257,10 +279,13 @@ class AcquireLease(Op, frozen=True, kw_only=True, tag=True):
 
 
 class RenewLeases(Op, frozen=True, kw_only=True, tag=True):
-    """Extends every lease of the job. Refused (`LeaseLost`) if one of them has expired."""
+    """Extends every lease of the job. Refused (`LeaseLost`) if one of them has expired, or if it
+    holds fewer than `count_min`: one was reaped or released by force.
+    """
 
     job_id: str
     ttl_seconds: float
+    count_min: int = 0
 
 
 class ReleaseLeases(Op, frozen=True, kw_only=True, tag=True):
@@ -271,6 +296,12 @@ class ReleaseLeases(Op, frozen=True, kw_only=True, tag=True):
 
 class DropForeignLeases(Op, frozen=True, kw_only=True, tag=True):
     """At start: removes the leases of earlier processes. Result: how many."""
+
+
+class ReapLeases(Op, frozen=True, kw_only=True, tag=True):
+    """Removes what nobody can use any more: expired leases, and those of other processes.
+    Result: the leases that went.
+    """
 
 
 class ReleaseLease(Op, frozen=True, kw_only=True, tag=True):
@@ -393,6 +424,7 @@ BookkeepingOp: TypeAlias = (
     | RenewLeases
     | ReleaseLeases
     | DropForeignLeases
+    | ReapLeases
     | ReleaseLease
     | EnqueueJob
     | UpdateJob
@@ -426,6 +458,12 @@ class ExpectLeases(Precondition, frozen=True, kw_only=True, tag=True):
     db_id: int
     job_id: str
     tokens: tuple[tuple[int, int], ...]
+
+
+class ExpectNoLeases(Precondition, frozen=True, kw_only=True, tag=True):
+    """No live lease on a chunk of the database. Else refused (`LeaseConflict`)."""
+
+    db_id: int
 
 
 class ExpectRun(Precondition, frozen=True, kw_only=True, tag=True):

@@ -11,6 +11,7 @@ from app.core.stores.manifest.errors import (
     GenerationMoved,
     IdempotencyExists,
     KeyDoomed,
+    LeaseConflict,
     LeaseLost,
     MissingRow,
     RunSuperseded,
@@ -22,16 +23,25 @@ from app.core.stores.manifest.ops import (
     ExpectJobState,
     ExpectLeases,
     ExpectNoIdempotency,
+    ExpectNoLeases,
     ExpectNotDoomed,
     ExpectRun,
     ExpectSegmentState,
 )
 from app.core.stores.manifest.rows import StagedRows
-from app.core.stores.manifest.tables import IDEMPOTENCY, JOBS, SEGMENTS, segment_key
+from app.core.stores.manifest.tables import (
+    IDEMPOTENCY,
+    JOBS,
+    LEASES,
+    SEGMENTS,
+    number_key,
+    segment_key,
+)
 
 AnyPrecondition: TypeAlias = (
     ExpectGeneration
     | ExpectLeases
+    | ExpectNoLeases
     | ExpectRun
     | ExpectJobState
     | ExpectNotDoomed
@@ -54,6 +64,13 @@ def check(  # noqa: C901 - a case per condition
                 )
         case ExpectLeases():
             _check_leases(rows, expected, context)
+        case ExpectNoLeases():
+            for _, lease in rows.scan(LEASES, number_key(expected.db_id)):
+                if is_live(lease, context):
+                    raise LeaseConflict(
+                        holder=lease.job_id, db_id=lease.db_id, chunk_id=lease.chunk_id,
+                        expires_at_us=lease.expires_at_us,
+                    )  # fmt: skip
         case ExpectRun():
             _check_run(rows, expected)
         case ExpectJobState():

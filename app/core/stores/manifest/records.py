@@ -16,7 +16,8 @@ Engine = Literal["append_only", "libsql"]
 Codec = Literal["none", "zstd", "lz4"]
 DatabaseState = Literal["active", "draining", "tombstoned"]
 HealthState = Literal["ok", "corrupt_wal", "wal_lost", "unhealthy_generation"]
-SegmentState = Literal["open", "sealed", "checkpointed"]
+SegmentState = Literal["open", "sealed", "checkpointed", "dropped"]
+"""`dropped`: a truncation took all of it; the file goes once no reader holds it."""
 JobKind = Literal[
     "create_checkpoint",
     "truncate_append_only",
@@ -109,6 +110,8 @@ class WalSegmentRecord(Record, array_like=True, frozen=True, kw_only=True):
     last_lsn: int = 0  # 0 while open
     bytes: int = 0
     covering_generation: int | None = None
+    visible_last: int | None = None
+    """What a tail truncation left of [first_lsn, last_lsn]; None: all of it."""
 
 
 class BlobRef(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
@@ -250,6 +253,8 @@ class JobRecord(Record, array_like=True, frozen=True, kw_only=True):
     progress: Progress = Progress()
     error: JobFailure | None = None
     result: dict[str, Any] | None = None
+    cancelled_by: str | None = None
+    """The truncation that asked for the cancellation, if one did."""
 
 
 class IdempotencyRecord(Record, array_like=True, frozen=True, kw_only=True):

@@ -195,6 +195,14 @@ class ManifestView:
     def leases(self) -> list[LeaseRecord]:
         return self._all(LEASES)
 
+    def has_leases(self) -> bool:
+        with self._access as rows:
+            return rows.entries(LEASES) > 0
+
+    def database_leases(self, db_id: int) -> list[LeaseRecord]:
+        """By chunk; expired ones too, until they are reaped."""
+        return self._all(LEASES, number_key(db_id))
+
     def job_leases(self, job_id: str) -> list[LeaseRecord]:
         prefix = job_lease_prefix(job_id)
         with self._access as rows:

@@ -32,6 +32,12 @@ def plan(chunks, segments, from_lsn=1, to_lsn=None, limit=None, next_lsn=None):
     )  # fmt: skip
 
 
+def plan_cut(chunks, segments, cut, next_lsn, from_lsn=1):
+    return plan_spans(
+        chunks, segments, from_lsn=from_lsn, to_lsn=None, limit=None, next_lsn=next_lsn, cut=cut
+    )
+
+
 def shown(result):
     kinds = {WalSpan: "wal", ChunkSpan: "chunk"}
     return [(kinds[type(span)], span.first_lsn, span.last_lsn) for span in result.spans]
@@ -169,3 +175,28 @@ def check_against_a_plain_list(source):
         assert not any(one in truth for one in range(reached + 1, result.next_lsn))
         if to_lsn is None and limit is None and not any(one > reached for one in truth):
             assert result.next_lsn == max(next_lsn, from_lsn)
+
+
+def test_what_was_cut_off_the_wal_is_a_gap():
+    segments = [segment(1, 10), segment(11, 20), segment(21, 30)]
+    result = plan_cut([], segments, [(6, 10), (11, 20)], next_lsn=31)
+    assert (shown(result), outcome(result)) == ([("wal", 1, 5)], (1, 5, 21))
+    result = plan_cut([], segments, [(6, 10), (11, 20)], next_lsn=31, from_lsn=6)
+    assert (shown(result), outcome(result)) == ([("wal", 21, 30)], (21, 30, 31))
+
+
+def test_a_cut_at_the_end_leads_to_the_next_lsn():
+    result = plan_cut([], [segment(1, 10)], [(6, 10)], next_lsn=11, from_lsn=6)
+    assert outcome(result) == (None, None, 11)
+
+
+def test_overlapping_cuts_of_chunk_and_wal_hide_what_either_hides():
+    row = chunk(1, 10, visible_last=4)
+    result = plan_cut([row], [segment(1, 10), segment(11, 12)], [(8, 10)], next_lsn=13)
+    assert (shown(result), outcome(result)) == ([("wal", 1, 4)], (1, 4, 11))
+
+
+def test_a_published_copy_of_a_dropped_segment_stays_hidden_too():
+    """The newest generation has no row for it any more; the file waits for a reader."""
+    result = plan_cut([chunk(1, 10)], [segment(11, 20)], [(11, 20)], next_lsn=21)
+    assert (shown(result), outcome(result)) == ([("chunk", 1, 10)], (1, 10, 21))

@@ -138,3 +138,10 @@ def test_a_plan_of_another_version_is_refused():
         decode_plan(encode_plan(msgspec.structs.replace(planned, version=99)))
     with pytest.raises(InvariantViolation):
         decode_plan(b"\x00 not a plan")
+
+
+def test_what_a_truncation_cut_off_stays_cut_off_in_the_chunk():
+    planned = plan(segment(1, 1, 10, visible_last=6), segment(11, 11, 20))
+    assert planned is not None
+    assert [action.visible_last for action in planned.actions] == [6, None]
+    assert (planned.first_lsn, planned.last_lsn) == (1, 20)

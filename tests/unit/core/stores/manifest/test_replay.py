@@ -46,7 +46,11 @@ def each_op() -> st.SearchStrategy[ops.Op]:
         st.builds(lambda **fields: ops.RegisterSegment(row=segment(**fields)), **segments),
         st.builds(ops.SealSegment, last_lsn=st.integers(0, 50), bytes=small, **segments),
         st.builds(ops.CoverSegment, generation=generations, **segments),
+        st.builds(ops.CutSegment, visible_last=st.integers(0, 50), **segments),
         st.builds(ops.RemoveSegment, **segments),
+        st.builds(
+            ops.CompensateCheckpoint, db_id=db_ids, job_id=st.just("J"), cancelled_by=st.just("T")
+        ),
         st.builds(
             ops.AdvanceCheckpointed, db_id=db_ids, generation=generations, lsn=st.integers(0, 20)
         ),
