@@ -1,9 +1,9 @@
-"""Makes the blobs of a plan: staged as files, recorded as intents, uploaded, confirmed.
+"""Makes the blobs of a plan: how its chunks are staged as files, and how a file is uploaded.
 
 Invariants: I2 the store confirms length and checksum of every blob. I7 a blob's key is in the
-manifest before its upload begins; what is confirmed is never uploaded again. I15 a blob whose
+manifest before its upload begins (see intent_log.py). I15 a blob whose
 upload may have been lost is looked for first.
-Concurrency: chunks side by side, bounded. Cancellation: at any `await`; what was committed is
+Concurrency: see blob_pipeline.py. Cancellation: at any `await`; what was committed is
 resumed from. Crash: the same.
 """
 
@@ -13,12 +13,12 @@ from pathlib import Path
 
 from app.core.base import failpoints
 from app.core.base.errors import InvariantViolation, StalePlan
-from app.core.base.tasks import for_each
+from app.core.checkpoint.blob_pipeline import BlobPipeline
+from app.core.checkpoint.intent_log import IntentLog
 from app.core.checkpoint.intents import (
     StagedRow,
     blob_bytes,
-    intent_of,
-    progress_of,
+    blobs_of,
     row_of,
     rows_of,
     staged_name,
@@ -27,9 +27,9 @@ from app.core.checkpoint.job_hold import JobHold
 from app.core.checkpoint.page_staging import PageStaging
 from app.core.checkpoint.parts import CheckpointLimits, CheckpointParts, job_fields
 from app.core.checkpoint.staging import KeyScope, SegmentSource, stage_segment_blocking
-from app.core.checkpoint.upload_marker import UploadMarker
 from app.core.engines.base import CheckpointPlan, ChunkAction, SealAsBase
-from app.core.stores.remote.protocol import FileBody
+from app.core.stores.local.scratch import ScratchDir
+from app.core.stores.remote.protocol import FileBody, RemoteStore
 
 
 class BlobMaking:
@@ -41,41 +41,24 @@ class BlobMaking:
         """Every blob of the plan is on the remote store, and the job's intents say so. Raises
         StalePlan where other bytes came out than an earlier run recorded.
         """
-        await self._stage(hold, plan)
-        await self._upload(hold)
-
-    async def _stage(self, hold: JobHold, plan: CheckpointPlan) -> None:
-        parts, job = self._parts, hold.job
+        parts, limits = self._parts, self._limits
         await hold.update(reason="checkpoint.staging", changes={"stage": "staging"})
-        directory = await parts.scratch.create(job.job_id)
+        remote = parts.remote()
+        directory = await parts.scratch.create(hold.job.job_id)
+        known = {row_of(intent).chunk_id for intent in hold.job.intents if intent.uploaded}
         async with self._stager(hold, plan) as stage_file:
-
-            async def stage(action: ChunkAction) -> StagedRow:
-                failpoints.fp("stage.before_file")
-                row = await stage_file(action, directory.file(staged_name(action.chunk_id)))
-                failpoints.fp("stage.after_file")
-                hold.touch()
-                return row
-
-            rows = await for_each(plan.actions, stage, limit=self._limits.staging_concurrency)
-        known = {row.chunk_id: row for row in rows_of(job.intents)}
-        if known and any(known[row.chunk_id].blob != row.blob for row in rows):
-            raise StalePlan("Staging gave other bytes than before.")
-        uploaded = {row_of(intent).chunk_id for intent in job.intents if intent.uploaded}
-        intents = tuple(intent_of(row, uploaded=row.chunk_id in uploaded) for row in rows)
-        total_bytes = blob_bytes(rows)
-        await hold.update(
-            reason="checkpoint.staged",
-            changes={
-                "stage": "uploading",
-                "intents": intents,
-                "progress": progress_of(intents, total_bytes=total_bytes),
-            },
-        )
+            pipeline = BlobPipeline(
+                stage=lambda action: stage_file(action, _staged_file(directory, action.chunk_id)),
+                upload=lambda row: self._upload(hold, remote, directory, row),
+                staging_concurrency=limits.staging_concurrency,
+                upload_concurrency=limits.upload_concurrency,
+            )
+            await pipeline.run(plan.actions, IntentLog(hold, plan, parts.events))
+        new = [row for row in rows_of(hold.job.intents) if row.chunk_id not in known]
         parts.events.info(
-            "checkpoint.staged", chunks=len(rows), bytes=total_bytes, **job_fields(hold.job)
-        )
-        failpoints.fp("stage.after_intents")
+            "checkpoint.uploaded",
+            blobs=len(blobs_of(new)), bytes=blob_bytes(new), **job_fields(hold.job),
+        )  # fmt: skip
 
     @asynccontextmanager
     async def _stager(
@@ -117,35 +100,22 @@ class BlobMaking:
 
             yield stage_page_chunk
 
-    async def _upload(self, hold: JobHold) -> None:
-        parts = self._parts
-        remote = parts.remote()
-        directory = await parts.scratch.create(hold.job.job_id)
-        waiting = rows_of(intent for intent in hold.job.intents if not intent.uploaded)
-        marker = UploadMarker(hold)
+    async def _upload(
+        self, hold: JobHold, remote: RemoteStore, directory: ScratchDir, row: StagedRow
+    ) -> None:
+        """Returns once the store has confirmed the row's blob (I2)."""
+        blob = row.blob
+        assert blob is not None
+        found = await remote.head_blob(blob.key) if hold.job.run > 1 else None
+        if found is None or (found.bytes, found.crc64) != (blob.bytes, blob.crc64):
+            failpoints.fp("upload.before_put")
+            path = _staged_file(directory, row.chunk_id)
+            body = FileBody(path=path, bytes=blob.bytes, crc64=blob.crc64)
+            found = await remote.put_blob(blob.key, body)
+            failpoints.fp("upload.after_put")
+        if (found.bytes, found.crc64) != (blob.bytes, blob.crc64):
+            raise InvariantViolation("the store confirmed another object", key=blob.key)
 
-        async def upload(row: StagedRow) -> None:
-            blob = row.blob
-            assert blob is not None
-            found = await remote.head_blob(blob.key) if hold.job.run > 1 else None
-            if found is None or (found.bytes, found.crc64) != (blob.bytes, blob.crc64):
-                failpoints.fp("upload.before_put")
-                body = FileBody(
-                    path=directory.file(staged_name(row.chunk_id)),
-                    bytes=blob.bytes,
-                    crc64=blob.crc64,
-                )
-                found = await remote.put_blob(blob.key, body)
-                failpoints.fp("upload.after_put")
-            if (found.bytes, found.crc64) != (blob.bytes, blob.crc64):
-                raise InvariantViolation("the store confirmed another object", key=blob.key)
-            await marker.uploaded(row.chunk_id)
-            failpoints.fp("upload.after_marker")
 
-        await for_each(waiting, upload, limit=self._limits.upload_concurrency)
-        parts.events.info(
-            "checkpoint.uploaded",
-            blobs=len(waiting),
-            bytes=blob_bytes(waiting),
-            **job_fields(hold.job),
-        )
+def _staged_file(directory: ScratchDir, chunk_id: int) -> Path:
+    return directory.file(staged_name(chunk_id))

@@ -27,7 +27,7 @@ from app.core.checkpoint.generation_document import (
     encode_document,
 )
 from app.core.checkpoint.intents import (
-    all_uploaded,
+    all_made,
     blobs_of,
     rows_of,
     staged_name,
@@ -143,7 +143,7 @@ class CheckpointExecutor:
     async def _make(
         self, hold: JobHold, plan: CheckpointPlan, tokens: tuple[tuple[int, int], ...]
     ) -> None:
-        if not hold.job.intents or not all_uploaded(hold.job.intents):
+        if not all_made(hold.job.intents, plan):
             await self._reserve(hold, plan)
             await self._blobs.run(hold, plan)
         await self._keep_local(hold)

@@ -2,9 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-import msgspec
-
 from app.core.base.errors import InvariantViolation
+from app.core.engines.base import CheckpointPlan
 from app.core.stores.manifest.records import (
     BlobIntent,
     BlobRef,
@@ -50,26 +49,19 @@ def blob_bytes(rows: Iterable[StagedRow]) -> int:
     return sum(blob.bytes for blob in blobs_of(rows))
 
 
-def marked_uploaded(intents: Sequence[BlobIntent], done: set[int]) -> tuple[BlobIntent, ...]:
-    """`done` are chunk ids."""
-    return tuple(
-        msgspec.structs.replace(intent, uploaded=True)
-        if row_of(intent).chunk_id in done
-        else intent
-        for intent in intents
-    )
+def all_made(intents: Sequence[BlobIntent], plan: CheckpointPlan) -> bool:
+    """Whether every blob of the plan is confirmed."""
+    return len(intents) == len(plan.actions) and all(intent.uploaded for intent in intents)
 
 
-def all_uploaded(intents: Sequence[BlobIntent]) -> bool:
-    return all(intent.uploaded for intent in intents)
-
-
-def progress_of(intents: Sequence[BlobIntent], *, total_bytes: int) -> Progress:
+def progress_of(intents: Sequence[BlobIntent], *, plan: CheckpointPlan) -> Progress:
+    """Until the last chunk is staged, the bytes in all are the plan's upper bound."""
     uploaded = [row_of(intent) for intent in intents if intent.uploaded]
+    all_staged = len(intents) == len(plan.actions)
     return Progress(
         staged_chunks=len(intents),
         uploaded_blobs=len(blobs_of(uploaded)),
-        total_chunks=len(intents),
+        total_chunks=len(plan.actions),
         uploaded_bytes=blob_bytes(uploaded),
-        total_bytes=total_bytes,
+        total_bytes=blob_bytes(rows_of(intents)) if all_staged else plan.staged_bytes_max,
     )

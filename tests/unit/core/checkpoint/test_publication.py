@@ -5,10 +5,9 @@ import pytest
 
 from app.core.base.errors import InvariantViolation
 from app.core.checkpoint.intents import (
-    all_uploaded,
+    all_made,
     blobs_of,
     intent_of,
-    marked_uploaded,
     progress_of,
     row_of,
     rows_of,
@@ -134,12 +133,21 @@ def test_intents_survive_the_job_row_and_a_drop_needs_no_upload():
     assert rows_of(back) == ROWS
     assert [intent.uploaded for intent in back] == [False, False, False, True]
     assert len(blobs_of(ROWS)) == 3
-    marked = marked_uploaded(back, {0, 1})
-    progress = progress_of(marked, total_bytes=1050)
+    marked = (*(msgspec.structs.replace(one, uploaded=True) for one in back[:2]), *back[2:])
+    progress = progress_of(marked, plan=PLAN)
     assert (progress.staged_chunks, progress.total_chunks) == (4, 4)
     assert (progress.uploaded_blobs, progress.uploaded_bytes) == (2, 1020)
-    assert not all_uploaded(marked)
-    assert all_uploaded(marked_uploaded(marked, {2}))
+    assert progress.total_bytes == 1050
+    assert not all_made(marked, PLAN)
+    assert all_made([msgspec.structs.replace(one, uploaded=True) for one in back], PLAN)
+
+
+def test_while_chunks_are_left_to_stage_the_plans_bound_is_the_total():
+    staged = [intent_of(row, uploaded=True) for row in ROWS[:2]]
+    progress = progress_of(staged, plan=PLAN)
+    assert (progress.staged_chunks, progress.total_chunks) == (2, 4)
+    assert progress.total_bytes == PLAN.staged_bytes_max
+    assert not all_made(staged, PLAN)
 
 
 def test_an_intent_of_an_older_service_still_reads():
