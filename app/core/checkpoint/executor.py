@@ -45,7 +45,6 @@ from app.core.engines.base import (
     encode_plan,
 )
 from app.core.formats.crc64 import crc64
-from app.core.reads.delta_chain import is_valid_at
 from app.core.reads.page_cache import CheckpointScope
 from app.core.stores.manifest.errors import GenerationMoved, KeyDoomed, LeaseLost
 from app.core.stores.manifest.ops import (
@@ -271,11 +270,7 @@ class CheckpointExecutor:
         with parts.manifest.read() as view:
             database = view.database(job.db_id)
             generation = view.generation(job.db_id, job.published_generation)
-            chunks = [
-                row
-                for row in view.chunk_rows(job.db_id)
-                if is_valid_at(row, job.published_generation)
-            ]
+            chunks = view.chunk_states(job.db_id, job.published_generation)
             deltas = view.delta_view(job.db_id, job.published_generation)
         if database is None or generation is None:
             raise InvariantViolation("a published generation is gone", db_id=job.db_id)

@@ -84,8 +84,9 @@ async def load_changes(
             raise InvariantViolation("sealed WAL that does not end a transaction", db_id=db_id)
         with parts.manifest.read() as view:
             published = view.generation(db_id, point.generation)
-            valid = _by_chunk(view.chunk_rows(db_id))
+            states = view.chunk_states(db_id, point.generation)
             deltas = _deltas_by_chunk(view.delta_view(db_id, point.generation))
+        valid = {row.chunk_id: row for row in states}  # bases and drops
         lowest = index.lowest_page_count(first_lsn, last_lsn)
         low = min(
             point.page_count,
@@ -244,11 +245,6 @@ async def _estimate(
 def _encoded_bytes_blocking(sample: dict[int, bytes], base_pages: dict[int, bytes]) -> int:
     nothing = bytes(len(next(iter(sample.values()))))
     return sum(len(make_patch(page, base_pages.get(no, nothing))) for no, page in sample.items())
-
-
-def _by_chunk(rows: Sequence[ChunkRecord]) -> dict[int, ChunkRecord]:
-    """Bases and drops that are valid now."""
-    return {row.chunk_id: row for row in rows if row.superseded_at is None}
 
 
 def _deltas_by_chunk(rows: Sequence[ChunkDeltaRecord]) -> dict[int, list[ChunkDeltaRecord]]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from pyroaring import BitMap
 
 from app.core.base.errors import InvariantViolation
+from app.core.stores.manifest.lineage import is_valid_at
 from app.core.stores.manifest.records import BlobRef, ChunkDeltaRecord, ChunkRecord
 
 NO_LAYER = -1
@@ -112,12 +113,6 @@ def delta_chain(
         1024 + (len(layer.row.pages) if isinstance(layer, DeltaLayer) else 0) for layer in chain
     )
     return DeltaChain(chunk_id=chunk_id, layers=tuple(chain), memory_bytes=memory_bytes)
-
-
-def is_valid_at(row: ChunkRecord | ChunkDeltaRecord, generation: int) -> bool:
-    return row.generation <= generation and (
-        row.superseded_at is None or generation < row.superseded_at
-    )
 
 
 def _base_of(row: ChunkDeltaRecord, by_key: dict[str, BaseLayer]) -> BaseLayer | None:

@@ -223,9 +223,8 @@ class PageStore:
         chain = self._chains.get(key)
         if chain is None:
             with self._manifest.read() as view:
-                bases = view.chunk_rows_of(db_id, chunk_id)
-                deltas = view.delta_rows_of(db_id, chunk_id)
-            chain = delta_chain(chunk_id, bases, deltas, generation=generation)
+                rows = view.chunk_history(db_id, chunk_id)
+            chain = delta_chain(chunk_id, rows.bases, rows.deltas, generation=generation)
             self._chains.put(key, chain)
         return chain
 

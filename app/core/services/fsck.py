@@ -14,8 +14,8 @@ from app.core.base.tasks import BlockingPool, for_each
 from app.core.checkpoint.generation_document import build_document, decode_document
 from app.core.coordination.quota import StorageQuota
 from app.core.formats.damage import Damage
-from app.core.reads.delta_chain import is_valid_at
 from app.core.stores.local.scratch import ScratchStore
+from app.core.stores.manifest.lineage import is_valid_at
 from app.core.stores.manifest.records import (
     ENDED_STATES,
     ChangeRecord,

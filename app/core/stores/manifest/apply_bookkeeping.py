@@ -47,6 +47,7 @@ from app.core.stores.manifest.ops import (
     RememberAppends,
     RenewLeases,
     RetireBlob,
+    TakeDatabaseId,
     TrimChangeLog,
     UnretireBlob,
     UpdateJob,
@@ -59,6 +60,7 @@ from app.core.stores.manifest.records import (
 )
 from app.core.stores.manifest.rows import StagedRows
 from app.core.stores.manifest.tables import (
+    DATABASE_IDS,
     GC_KEYS,
     GC_QUEUE,
     GC_SEQUENCE,
@@ -153,6 +155,8 @@ def apply_bookkeeping(  # noqa: C901 - a case per op
                 raise WrongState("A blob is doomed before it is forgotten.", key=op.key)
             rows.delete(GC_QUEUE, position)
             rows.delete(GC_KEYS, blob_key(op.key))
+        case TakeDatabaseId():
+            return count_up(rows, DATABASE_IDS)
         case PutTenant(row=tenant):
             rows.put(TENANTS, tenant.tenant.encode(), tenant)
         case PutMeta():

@@ -9,6 +9,13 @@ from typing import TypeVar, assert_never
 import msgspec
 
 from app.core.base.errors import InvariantViolation
+from app.core.stores.manifest.apply_history import (
+    apply_history,
+    check_no_fork_needs,
+    check_no_snapshot,
+    register_fork,
+    unregister_fork,
+)
 from app.core.stores.manifest.errors import (
     GenerationMoved,
     MissingRow,
@@ -16,20 +23,26 @@ from app.core.stores.manifest.errors import (
     RowExists,
     WrongState,
 )
+from app.core.stores.manifest.lineage import adopt_chunk, leave_drop
 from app.core.stores.manifest.ops import (
+    AdoptEveryChunk,
     AdvanceCheckpointed,
     CatalogueOp,
     CompensateCheckpoint,
     CoverSegment,
     CreateDatabase,
+    CreateSnapshot,
     CutSegment,
     DeleteChunk,
     DeleteChunkDelta,
     DeleteGeneration,
+    DeleteSnapshot,
+    MarkSnapshotStored,
     MarkVerified,
     PublishGeneration,
     RaiseFirstLsn,
     RaiseFloor,
+    RegisterFork,
     RegisterSegment,
     RemoveDatabase,
     RemoveSegment,
@@ -70,11 +83,14 @@ def apply_catalogue(rows: Rows, op: CatalogueOp) -> None:  # noqa: C901 - a case
     match op:
         case UpsertChunk(row=chunk):
             require_database(rows, chunk.db_id)
+            adopt_chunk(rows, chunk.db_id, chunk.chunk_id)
             rows.put(CHUNKS, chunk_row_key(chunk.db_id, chunk.chunk_id, chunk.generation), chunk)
         case UpsertChunkDelta(row=delta):
             require_database(rows, delta.db_id)
+            adopt_chunk(rows, delta.db_id, delta.chunk_id)
             rows.put(DELTAS, chunk_row_key(delta.db_id, delta.chunk_id, delta.generation), delta)
         case SupersedeChunk():
+            adopt_chunk(rows, op.db_id, op.chunk_id)
             key = chunk_row_key(op.db_id, op.chunk_id, op.generation)
             rows.put(
                 CHUNKS,
@@ -82,6 +98,7 @@ def apply_catalogue(rows: Rows, op: CatalogueOp) -> None:  # noqa: C901 - a case
                 replace(_require(rows, CHUNKS, key, op), superseded_at=op.superseded_at),
             )
         case SupersedeChunkDelta():
+            adopt_chunk(rows, op.db_id, op.chunk_id)
             key = chunk_row_key(op.db_id, op.chunk_id, op.generation)
             rows.put(
                 DELTAS,
@@ -90,11 +107,13 @@ def apply_catalogue(rows: Rows, op: CatalogueOp) -> None:  # noqa: C901 - a case
             )
         case DeleteChunk():
             key = chunk_row_key(op.db_id, op.chunk_id, op.generation)
-            _require(rows, CHUNKS, key, op)
+            gone = _require(rows, CHUNKS, key, op)
+            check_no_fork_needs(rows, gone)
             rows.delete(CHUNKS, key)
+            leave_drop(rows, gone)
         case DeleteChunkDelta():
             key = chunk_row_key(op.db_id, op.chunk_id, op.generation)
-            _require(rows, DELTAS, key, op)
+            check_no_fork_needs(rows, _require(rows, DELTAS, key, op))
             rows.delete(DELTAS, key)
         case RegisterSegment(row=segment):
             _register_segment(rows, segment)
@@ -109,6 +128,7 @@ def apply_catalogue(rows: Rows, op: CatalogueOp) -> None:  # noqa: C901 - a case
         case RemoveDatabase():
             if require_database(rows, op.db_id).state != "tombstoned":
                 raise WrongState("Only a tombstoned database can be removed.", db_id=op.db_id)
+            unregister_fork(rows, op.db_id)
             rows.delete(DATABASES, number_key(op.db_id))
         case SetDatabaseState():
             _set_state(rows, op)
@@ -129,7 +149,16 @@ def apply_catalogue(rows: Rows, op: CatalogueOp) -> None:  # noqa: C901 - a case
             owner = require_database(rows, op.db_id)
             if owner.state != "tombstoned" and owner.generation == op.generation:
                 raise WrongState("The newest generation stays.", db_id=op.db_id)
+            check_no_snapshot(rows, op.db_id, op.generation)
             rows.delete(GENERATIONS, key)
+        case (
+            CreateSnapshot()
+            | MarkSnapshotStored()
+            | DeleteSnapshot()
+            | RegisterFork()
+            | AdoptEveryChunk()
+        ):
+            apply_history(rows, op)
         case CreateDatabase():
             raise InvariantViolation("CreateDatabase is logged and applied as RestoreDatabase.")
         case _:
@@ -166,6 +195,7 @@ def _restore_database(rows: Rows, database: DatabaseRecord) -> None:
     if rows.get(DATABASES, number_key(database.db_id)) is not None:
         raise RowExists("The database id is in use.", db_id=database.db_id)
     _put_database(rows, database)
+    register_fork(rows, database)
     if named:
         rows.put(DATABASE_NAMES, key, number_key(database.db_id))
 
@@ -176,6 +206,8 @@ def _set_state(rows: Rows, op: SetDatabaseState) -> None:
         return
     if database.state == "tombstoned":
         raise WrongState("A tombstone is final.", db_id=op.db_id)
+    if op.state == "tombstoned":
+        check_no_snapshot(rows, op.db_id)
     _put_database(rows, replace(database, state=op.state))
     if op.state == "tombstoned":
         rows.delete(DATABASE_NAMES, name_key(database.tenant, database.name))

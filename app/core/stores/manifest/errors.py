@@ -26,6 +26,23 @@ class MissingRow(BatchRefused):
     title = "The row is not there"
 
 
+class SnapshotTaken(BatchRefused):
+    code = "snapshot_exists"
+    title = "The snapshot's name is in use"
+
+
+class GenerationGone(BatchRefused):
+    code = "generation_expired"
+    title = "The generation is not retained"
+
+
+class RowPinned(BatchRefused):
+    """Fields: `names`."""
+
+    code = "snapshot_pinned"
+    title = "A snapshot or fork needs the row"
+
+
 class WrongState(BatchRefused):
     title = "The row is in another state"
 

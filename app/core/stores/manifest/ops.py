@@ -17,12 +17,14 @@ from app.core.stores.manifest.records import (
     DatabaseState,
     Engine,
     ForkParent,
+    ForkRecord,
     GenerationRecord,
     HealthState,
     IdempotencyRecord,
     JobRecord,
     RememberedAppend,
     Retention,
+    SnapshotRecord,
     TenantRecord,
     WalSegmentRecord,
 )
@@ -49,7 +51,9 @@ class CreateDatabase(Op, frozen=True, kw_only=True, tag=True):
 
 
 class RestoreDatabase(Op, frozen=True, kw_only=True, tag=True):
-    """Writes a descriptor as it is, db_id included; `recover` only. The name must be free."""
+    """Writes a descriptor as it is, db_id included; `recover` and forks only. The name must be
+    free. A fork is registered with its parent; one that inherits needs that generation of it.
+    """
 
     record: DatabaseRecord
 
@@ -59,6 +63,8 @@ class UpsertChunk(Op, frozen=True, kw_only=True, tag=True):
 
 
 class DeleteChunk(Op, frozen=True, kw_only=True, tag=True):
+    """Refused (`RowPinned`) while a fork falls through to it; so is `DeleteChunkDelta`."""
+
     db_id: int
     chunk_id: int
     generation: int
@@ -191,7 +197,9 @@ class SetRetention(Op, frozen=True, kw_only=True, tag=True):
 
 
 class RemoveDatabase(Op, frozen=True, kw_only=True, tag=True):
-    """The last of a tombstoned database goes; its id is never given out again."""
+    """The last of a tombstoned database goes; its id is never given out again. Refused while forks
+    of it are registered; its own registration as a fork goes too.
+    """
 
     db_id: int
 
@@ -202,6 +210,36 @@ class RestoreGeneration(Op, frozen=True, kw_only=True, tag=True):
     row: GenerationRecord
 
 
+class CreateSnapshot(Op, frozen=True, kw_only=True, tag=True):
+    """Refused where the name is in use (`SnapshotTaken`) or the generation is not retained
+    (`GenerationGone`).
+    """
+
+    row: SnapshotRecord
+
+
+class MarkSnapshotStored(Op, frozen=True, kw_only=True, tag=True):
+    db_id: int
+    name: str
+
+
+class DeleteSnapshot(Op, frozen=True, kw_only=True, tag=True):
+    db_id: int
+    name: str
+
+
+class RegisterFork(Op, frozen=True, kw_only=True, tag=True):
+    """Known from what rows share; `recover` only. `RestoreDatabase` registers with the parent."""
+
+    row: ForkRecord
+
+
+class AdoptEveryChunk(Op, frozen=True, kw_only=True, tag=True):
+    """Copies what a fork inherits into rows of its own, so that nothing falls through."""
+
+    db_id: int
+
+
 class MarkVerified(Op, frozen=True, kw_only=True, tag=True):
     db_id: int
     generation: int
@@ -209,7 +247,7 @@ class MarkVerified(Op, frozen=True, kw_only=True, tag=True):
 
 
 class DeleteGeneration(Op, frozen=True, kw_only=True, tag=True):
-    """An expired generation's row goes. Refused for the newest."""
+    """An expired generation's row goes. Refused for the newest, and where a snapshot pins it."""
 
     db_id: int
     generation: int
@@ -241,6 +279,11 @@ CatalogueOp: TypeAlias = (
     | RestoreGeneration
     | MarkVerified
     | DeleteGeneration
+    | CreateSnapshot
+    | MarkSnapshotStored
+    | DeleteSnapshot
+    | RegisterFork
+    | AdoptEveryChunk
 )
 CATALOGUE_OPS: tuple[type[Op], ...] = get_args(CatalogueOp)
 
@@ -365,6 +408,10 @@ class ForgetBlob(Op, frozen=True, kw_only=True, tag=True):
     key: str
 
 
+class TakeDatabaseId(Op, frozen=True, kw_only=True, tag=True):
+    """Result: an id that no other database gets."""
+
+
 class PutTenant(Op, frozen=True, kw_only=True, tag=True):
     row: TenantRecord
 
@@ -435,6 +482,7 @@ BookkeepingOp: TypeAlias = (
     | UnretireBlob
     | DoomBlob
     | ForgetBlob
+    | TakeDatabaseId
     | PutTenant
     | PutMeta
 )

@@ -71,6 +71,8 @@ class ForkParent(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     database: str
     db_id: int
     generation: int
+    inherits: bool = True
+    """False: every chunk is the fork's own, nothing falls through to the parent (`lineage.py`)."""
 
 
 class DatabaseRecord(Record, array_like=True, frozen=True, kw_only=True):
@@ -180,6 +182,33 @@ class GenerationRecord(Record, array_like=True, frozen=True, kw_only=True):
     document_stored: bool = False
     superseded_at_us: int | None = None
     verified_at_us: int | None = None
+
+
+class SnapshotRecord(Record, array_like=True, frozen=True, kw_only=True):
+    """A named pin on a generation."""
+
+    db_id: int
+    name: str
+    generation: int
+    last_lsn: int
+    page_count: int
+    created_at_us: int
+    document: BlobRef | None = None
+    """Its object on the remote store, known with the row and written after it."""
+    document_stored: bool = False
+
+
+class ForkRecord(Record, array_like=True, frozen=True, kw_only=True):
+    """`child_db_id` was made from database `db_id` at `generation`. It stays until the child's last
+    row is gone. Generation 0: the child only shares blobs that were this database's (`recover`).
+    """
+
+    db_id: int
+    child_db_id: int
+    generation: int
+    tenant: str
+    """The child's, as `database` is."""
+    database: str
 
 
 class ChangeRecord(Record, array_like=True, frozen=True, kw_only=True):

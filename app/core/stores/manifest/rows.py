@@ -5,8 +5,8 @@ the changes put into the transaction. A batch that fails half-way has thus touch
 its neighbours in the group need neither a nested transaction nor a replay.
 """
 
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar, cast
 
 import lmdb
@@ -27,6 +27,8 @@ class Rows(Protocol):
     def put(self, table: Table[V], key: bytes, value: V, /) -> None: ...
 
     def delete(self, table: Table[V], key: bytes, /) -> None: ...
+
+    def scan(self, table: Table[V], prefix: bytes = b"", /) -> Iterable[tuple[bytes, V]]: ...
 
 
 class CommittedRows:
@@ -240,15 +242,36 @@ class MemoryRows:
 
     def __init__(self) -> None:
         self.tables: dict[str, dict[bytes, Any]] = {}
+        self._ordered: dict[str, list[bytes]] = {}  # keys of the tables that were scanned
 
     def get(self, table: Table[V], key: bytes) -> V | None:
         return cast("V | None", self.tables.get(table.name, {}).get(key))
 
     def put(self, table: Table[V], key: bytes, value: V) -> None:
-        self.tables.setdefault(table.name, {})[key] = value
+        rows = self.tables.setdefault(table.name, {})
+        if key not in rows and (ordered := self._ordered.get(table.name)) is not None:
+            insort(ordered, key)
+        rows[key] = value
 
     def delete(self, table: Table[Any], key: bytes) -> None:
-        self.tables.get(table.name, {}).pop(key, None)
+        rows = self.tables.get(table.name, {})
+        if key in rows and (ordered := self._ordered.get(table.name)) is not None:
+            del ordered[bisect_left(ordered, key)]
+        rows.pop(key, None)
+
+    def scan(self, table: Table[V], prefix: bytes = b"") -> list[tuple[bytes, V]]:
+        """Ascending."""
+        rows = self.tables.get(table.name, {})
+        ordered = self._ordered.get(table.name)
+        if ordered is None:
+            ordered = self._ordered[table.name] = sorted(rows)
+        found = []
+        for position in range(bisect_left(ordered, prefix), len(ordered)):
+            key = ordered[position]
+            if not key.startswith(prefix):
+                break
+            found.append((key, cast("V", rows[key])))
+        return found
 
 
 def _successor(prefix: bytes) -> bytes | None:

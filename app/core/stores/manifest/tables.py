@@ -15,6 +15,7 @@ from app.core.stores.manifest.records import (
     ChunkRecord,
     CursorRecord,
     DatabaseRecord,
+    ForkRecord,
     GcRecord,
     GenerationRecord,
     IdempotencyRecord,
@@ -22,6 +23,7 @@ from app.core.stores.manifest.records import (
     JobRecord,
     LeaseRecord,
     RememberedAppend,
+    SnapshotRecord,
     TenantRecord,
     WalSegmentRecord,
 )
@@ -59,8 +61,8 @@ SEGMENTS = Table("wal_catalog", RecordCodec(WalSegmentRecord))
 CHUNKS = Table("chunk_catalog", RecordCodec(ChunkRecord))
 DELTAS = Table("chunk_delta_index", RecordCodec(ChunkDeltaRecord))
 GENERATIONS = Table("generations", RecordCodec(GenerationRecord))
-SNAPSHOTS: Table[bytes] = Table("snapshot_index", BytesCodec())
-FORKS: Table[bytes] = Table("forks", BytesCodec())
+SNAPSHOTS = Table("snapshot_index", RecordCodec(SnapshotRecord))
+FORKS = Table("forks", RecordCodec(ForkRecord))
 CHANGE_LOG = Table("change_log", RecordCodec(ChangeRecord))
 CHANGE_BASE: Table[bytes] = Table("change_base", BytesCodec())
 CHANGE_CURSORS = Table("change_cursors", RecordCodec(CursorRecord))
@@ -114,6 +116,8 @@ CATALOGUE_TABLES: tuple[Table[Any], ...] = (
     CHUNKS,
     DELTAS,
     GENERATIONS,
+    SNAPSHOTS,
+    FORKS,
 )
 """What replaying the change log gives (I14)."""
 
@@ -161,6 +165,15 @@ def segment_key(db_id: int, segment_id: int) -> bytes:
 
 def generation_key(db_id: int, generation: int) -> bytes:
     return _two(db_id, generation)
+
+
+def snapshot_key(db_id: int, name: str) -> bytes:
+    return _u64(db_id) + name.encode()
+
+
+def fork_key(db_id: int, child_db_id: int) -> bytes:
+    """The parent first."""
+    return _two(db_id, child_db_id)
 
 
 def chunk_prefix(db_id: int, chunk_id: int) -> bytes:

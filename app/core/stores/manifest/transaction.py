@@ -17,10 +17,12 @@ from app.core.stores.manifest.ops import (
     BookkeepingOp,
     CatalogueOp,
     CreateDatabase,
+    CreateSnapshot,
     ManifestBatch,
     Op,
     PublishGeneration,
     Receipt,
+    RegisterFork,
     RegisterSegment,
     RestoreDatabase,
     RestoreGeneration,
@@ -140,6 +142,8 @@ def database_of(op: CatalogueOp) -> int:
             | PublishGeneration()
             | RegisterSegment()
             | RestoreGeneration()
+            | CreateSnapshot()
+            | RegisterFork()
         ):
             return op.row.db_id
         case _:

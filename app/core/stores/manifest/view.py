@@ -9,12 +9,22 @@ from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any, TypeVar
 
+from app.core.stores.manifest.lineage import (
+    ChunkRows,
+    chunk_rows,
+    chunks_at,
+    deltas_at,
+    depth_of,
+    inheritors,
+    naming_databases,
+)
 from app.core.stores.manifest.records import (
     ChangeRecord,
     ChunkDeltaRecord,
     ChunkRecord,
     CursorRecord,
     DatabaseRecord,
+    ForkRecord,
     GcRecord,
     GenerationRecord,
     IdempotencyRecord,
@@ -23,6 +33,7 @@ from app.core.stores.manifest.records import (
     JobState,
     LeaseRecord,
     RememberedAppend,
+    SnapshotRecord,
     TenantRecord,
     WalSegmentRecord,
 )
@@ -38,6 +49,7 @@ from app.core.stores.manifest.tables import (
     DATABASE_NAMES,
     DATABASES,
     DELTAS,
+    FORKS,
     GC_KEYS,
     GC_QUEUE,
     GENERATIONS,
@@ -50,6 +62,7 @@ from app.core.stores.manifest.tables import (
     REMEMBERED,
     SCHEMA,
     SEGMENTS,
+    SNAPSHOTS,
     TABLES,
     TENANTS,
     Table,
@@ -65,6 +78,7 @@ from app.core.stores.manifest.tables import (
     number_key,
     number_of,
     pending_prefix,
+    snapshot_key,
 )
 
 V = TypeVar("V")
@@ -135,20 +149,25 @@ class ManifestView:
         return self._all(SEGMENTS)
 
     def chunk_rows(self, db_id: int) -> list[ChunkRecord]:
-        """Every row, whatever its validity, by chunk and generation."""
+        """Every row of its own, whatever its validity, by chunk and generation."""
         return self._all(CHUNKS, number_key(db_id))
 
     def chunk_rows_of(self, db_id: int, chunk_id: int) -> list[ChunkRecord]:
         return self._all(CHUNKS, chunk_prefix(db_id, chunk_id))
 
     def chunk_view(self, db_id: int, generation: int) -> list[ChunkRecord]:
-        """The base rows valid at the generation, by chunk; drops left out."""
+        """The bases valid at the generation, by chunk; a fork's fall through to its parent."""
+        return [row for row in self.chunk_states(db_id, generation) if row.blob is not None]
+
+    def chunk_states(self, db_id: int, generation: int) -> list[ChunkRecord]:
+        """`chunk_view`, drops included."""
         with self._access as rows:
-            return [
-                row
-                for _, row in rows.scan(CHUNKS, number_key(db_id))
-                if row.blob is not None and _valid_at(row, generation)
-            ]
+            return chunks_at(rows, db_id, generation)
+
+    def chunk_history(self, db_id: int, chunk_id: int) -> ChunkRows:
+        """Every row of a chunk, own or inherited, whatever its validity."""
+        with self._access as rows:
+            return chunk_rows(rows, db_id, chunk_id)
 
     def delta_rows(self, db_id: int) -> list[ChunkDeltaRecord]:
         return self._all(DELTAS, number_key(db_id))
@@ -157,11 +176,9 @@ class ManifestView:
         return self._all(DELTAS, chunk_prefix(db_id, chunk_id))
 
     def delta_view(self, db_id: int, generation: int) -> list[ChunkDeltaRecord]:
-        """The deltas valid at the generation, by chunk, oldest first."""
+        """The deltas valid at the generation, by chunk, oldest first; a fork's fall through."""
         with self._access as rows:
-            return [
-                row for _, row in rows.scan(DELTAS, number_key(db_id)) if _valid_at(row, generation)
-            ]
+            return deltas_at(rows, db_id, generation)
 
     def generation(self, db_id: int, generation: int) -> GenerationRecord | None:
         return self._get(GENERATIONS, generation_key(db_id, generation))
@@ -177,6 +194,42 @@ class ManifestView:
         """Ascending, those above `after`."""
         start = b"" if after is None else generation_key(db_id, after + 1)
         return self._some(GENERATIONS, number_key(db_id), start=start, limit=limit)
+
+    # --- snapshots, forks
+
+    def snapshots(self, db_id: int) -> list[SnapshotRecord]:
+        """By name."""
+        return self._all(SNAPSHOTS, number_key(db_id))
+
+    def all_snapshots(self) -> list[SnapshotRecord]:
+        return self._all(SNAPSHOTS)
+
+    def snapshot(self, db_id: int, name: str) -> SnapshotRecord | None:
+        return self._get(SNAPSHOTS, snapshot_key(db_id, name))
+
+    def forks_of(self, parent_db_id: int) -> list[ForkRecord]:
+        """Databases made from this one, deleted ones too as long as rows of theirs are left."""
+        return self._all(FORKS, number_key(parent_db_id))
+
+    def all_forks(self) -> list[ForkRecord]:
+        return self._all(FORKS)
+
+    def fork_depth(self, db_id: int) -> int:
+        """Levels that a chunk of the database may fall through."""
+        with self._access as rows:
+            return depth_of(rows, db_id)
+
+    def inheriting_forks(self, row: ChunkRecord | ChunkDeltaRecord) -> list[ForkRecord]:
+        """The forks that read the row by fall-through: it must stay for them (I8)."""
+        with self._access as rows:
+            return list(inheritors(rows, row))
+
+    def naming_databases(self, row: ChunkRecord | ChunkDeltaRecord) -> set[int]:
+        """The databases, its own included, with a row that names the row's blob: the blob may be
+        doomed only together with the last of these rows (I8).
+        """
+        with self._access as rows:
+            return naming_databases(rows, row)
 
     def remembered_appends(self, db_id: int) -> dict[int, tuple[RememberedAppend, ...]]:
         """By segment."""
@@ -330,10 +383,3 @@ class ManifestView:
         with self._access as rows:
             found: Iterator[tuple[bytes, V]] = rows.scan(table, prefix, start=start)
             return [row for _, row in islice(found, limit)]
-
-
-def _valid_at(row: ChunkRecord | ChunkDeltaRecord, generation: int) -> bool:
-    """Valid in [generation, superseded_at)."""
-    return row.generation <= generation and (
-        row.superseded_at is None or generation < row.superseded_at
-    )

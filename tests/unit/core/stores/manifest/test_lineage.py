@@ -1,0 +1,353 @@
+"""Fall-through of forks, against a model that copies everything when a fork is made."""
+
+import contextlib
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.core.stores.manifest import lineage, ops
+from app.core.stores.manifest.apply_catalogue import apply_catalogue
+from app.core.stores.manifest.errors import (
+    GenerationGone,
+    MissingRow,
+    RowPinned,
+    SnapshotTaken,
+    WrongState,
+)
+from app.core.stores.manifest.records import ForkParent, GenerationRecord, SnapshotRecord
+from app.core.stores.manifest.replay import replay
+from app.core.stores.manifest.rows import MemoryRows
+from app.core.stores.manifest.store import ManifestStore
+from app.core.stores.manifest.tables import CHUNKS, DATABASES, DELTAS, number_key
+from tests.unit.core.stores.manifest.builders import (
+    batch,
+    chunk,
+    create_database,
+    delta,
+    descriptor,
+    publish,
+)
+
+CHUNK_IDS = (0, 1, 2)
+
+Content = dict[int, list[str]]
+"""Of each chunk that is there: its base's key, then those of its deltas, oldest first."""
+
+
+@dataclass
+class Copy:
+    """A database that shares nothing: its content at each generation that is retained."""
+
+    generations: dict[int, Content]
+    newest: int
+    alive: bool = True
+    depth: int = 0
+
+
+@dataclass
+class House:
+    rows: MemoryRows = field(default_factory=MemoryRows)
+    copies: dict[int, Copy] = field(default_factory=dict)
+    counter: int = 0
+
+    def apply(self, *operations: ops.CatalogueOp) -> None:
+        for op in operations:
+            apply_catalogue(self.rows, op)
+
+    def create(self) -> int:
+        db_id = len(self.copies) + 1
+        self.apply(ops.RestoreDatabase(record=descriptor(db_id, f"d{db_id}")))
+        self.copies[db_id] = Copy(generations={}, newest=0)
+        return db_id
+
+    def fork(self, parent: int, generation: int) -> int:
+        db_id = len(self.copies) + 1
+        came_from = ForkParent(
+            tenant="acme", database=f"d{parent}", db_id=parent, generation=generation
+        )
+        record = descriptor(db_id, f"d{db_id}", generation=generation, forked_from=came_from)
+        self.apply(
+            ops.RestoreDatabase(record=record),
+            ops.RestoreGeneration(row=self.generation_row(db_id, generation)),
+        )
+        if lineage.depth_of(self.rows, db_id) > 3:
+            self.apply(ops.AdoptEveryChunk(db_id=db_id))
+        content = deepcopy(self.copies[parent].generations[generation])
+        self.copies[db_id] = Copy(generations={generation: content}, newest=generation)
+        return db_id
+
+    def change(self, db_id: int, chunk_id: int, action: str) -> None:
+        """Publishes one generation that does `action` to the chunk."""
+        copy = self.copies[db_id]
+        before = copy.generations[copy.newest] if copy.newest else {}
+        after, target = deepcopy(before), copy.newest + 1
+        found = lineage.chunk_rows(self.rows, db_id, chunk_id)
+        bases = [row for row in found.bases if lineage.is_valid_at(row, copy.newest)]
+        deltas = [row for row in found.deltas if lineage.is_valid_at(row, copy.newest)]
+        operations: list[ops.CatalogueOp] = []
+        self.counter += 1
+        if action == "delta" and chunk_id in before:
+            base_key = bases[0].blob.key if bases[0].blob is not None else ""
+            row = delta(db_id, chunk_id, target, base_key=base_key)
+            row = msgspec.structs.replace(
+                row, blob=msgspec.structs.replace(row.blob, key=f"delta-{self.counter}")
+            )
+            operations.append(ops.UpsertChunkDelta(row=row))
+            after[chunk_id].append(row.blob.key)
+        elif action == "merge" and len(deltas) > 1:
+            row = delta(db_id, chunk_id, target)
+            row = msgspec.structs.replace(
+                row, blob=msgspec.structs.replace(row.blob, key=f"merged-{self.counter}")
+            )
+            operations += self.superseded(db_id, deltas, target)
+            operations.append(ops.UpsertChunkDelta(row=row))
+            after[chunk_id] = [after[chunk_id][0], row.blob.key]
+        else:
+            base = chunk(db_id, chunk_id, target)
+            assert base.blob is not None
+            blob = msgspec.structs.replace(base.blob, key=f"base-{self.counter}")
+            base = msgspec.structs.replace(base, blob=None if action == "drop" else blob)
+            operations += self.superseded(db_id, [*deltas, *bases], target)
+            if action != "cut":  # as a head truncation does it
+                operations.append(ops.UpsertChunk(row=base))
+            after.pop(chunk_id, None)
+            if action not in {"cut", "drop"}:
+                after[chunk_id] = [blob.key]
+        self.apply(*operations, publish(db_id, target))
+        copy.generations[target] = after
+        copy.newest = target
+
+    def superseded(self, db_id: int, rows: list, target: int) -> list[ops.CatalogueOp]:
+        kinds = {True: ops.SupersedeChunk, False: ops.SupersedeChunkDelta}
+        return [
+            kinds[isinstance(row, lineage.ChunkRecord)](
+                db_id=db_id, chunk_id=row.chunk_id, generation=row.generation, superseded_at=target
+            )
+            for row in rows
+        ]
+
+    def expire(self, db_id: int, generation: int) -> None:
+        """Takes one generation, and every row that nothing reaches any more."""
+        copy = self.copies[db_id]
+        if generation == copy.newest and copy.alive:
+            return
+        self.apply(ops.DeleteGeneration(db_id=db_id, generation=generation))
+        del copy.generations[generation]
+        self.collect(db_id)
+
+    def delete(self, db_id: int) -> None:
+        self.apply(ops.SetDatabaseState(db_id=db_id, state="tombstoned"))
+        copy = self.copies[db_id]
+        copy.alive = False
+        for generation in list(copy.generations):
+            self.expire(db_id, generation)
+        self.collect(db_id)
+
+    def collect(self, db_id: int) -> None:
+        """As a collector would: asks for nothing and lets the ops refuse."""
+        retained = self.copies[db_id].generations
+        for row in [row for _, row in self.rows.scan(DELTAS, number_key(db_id))]:
+            if not any(lineage.is_valid_at(row, one) for one in retained):
+                self.try_to(
+                    ops.DeleteChunkDelta(
+                        db_id=db_id, chunk_id=row.chunk_id, generation=row.generation
+                    )
+                )
+        needed = {row.base_key for _, row in self.rows.scan(DELTAS, number_key(db_id))}
+        for base in [row for _, row in self.rows.scan(CHUNKS, number_key(db_id))]:
+            if base.blob is not None and base.blob.key in needed:
+                continue
+            if not any(lineage.is_valid_at(base, one) for one in retained):
+                self.try_to(
+                    ops.DeleteChunk(db_id=db_id, chunk_id=base.chunk_id, generation=base.generation)
+                )
+
+    def try_to(self, op: ops.CatalogueOp) -> None:
+        with contextlib.suppress(RowPinned):
+            self.apply(op)
+
+    def generation_row(self, db_id: int, generation: int) -> GenerationRecord:
+        return msgspec.structs.replace(publish(db_id, generation).row)
+
+    def content(self, db_id: int, generation: int) -> Content:
+        bases = lineage.chunks_at(self.rows, db_id, generation)
+        deltas = lineage.deltas_at(self.rows, db_id, generation)
+        assert {row.db_id for row in [*bases, *deltas]} <= {db_id}
+        return {
+            row.chunk_id: [
+                row.blob.key,
+                *(one.blob.key for one in deltas if one.chunk_id == row.chunk_id),
+            ]
+            for row in bases
+            if row.blob is not None
+        }
+
+    def check(self) -> None:
+        for db_id, copy in self.copies.items():
+            for generation, content in copy.generations.items():
+                assert self.content(db_id, generation) == content, (db_id, generation)
+                for chunk_id in CHUNK_IDS:  # chunk by chunk it is the same
+                    found = lineage.chunk_rows(self.rows, db_id, chunk_id)
+                    keys = [
+                        row.blob.key
+                        for row in (*found.bases, *found.deltas)
+                        if row.blob is not None and lineage.is_valid_at(row, generation)
+                    ]
+                    assert keys == content.get(chunk_id, []), (db_id, generation, chunk_id)
+                    known = {row.blob.key for row in found.bases if row.blob is not None}
+                    assert {row.base_key for row in found.deltas} <= known | {""}
+
+
+databases, chunk_ids = st.integers(0, 20), st.sampled_from(CHUNK_IDS)
+actions = st.sampled_from(["rewrite", "rewrite", "delta", "delta", "merge", "drop", "cut"])
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("change"), databases, chunk_ids, actions),
+        st.tuples(st.just("change"), databases, chunk_ids, actions),
+        st.tuples(st.just("fork"), databases, st.integers(0, 20)),
+        st.tuples(st.just("expire"), databases, st.integers(0, 20)),
+        st.tuples(st.just("delete"), databases),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=steps)
+def test_forks_read_what_a_copy_would_have(steps: list[tuple]) -> None:
+    house = House()
+    first = house.create()
+    house.change(first, 0, "rewrite")
+    house.change(first, 1, "rewrite")
+    for step in steps:
+        alive = [db_id for db_id, copy in house.copies.items() if copy.alive]
+        if not alive:
+            break
+        db_id = alive[step[1] % len(alive)]
+        copy = house.copies[db_id]
+        match step:
+            case ("change", _, chunk_id, action):
+                house.change(db_id, chunk_id, action)
+            case ("fork", _, choice) if len(house.copies) < 8:
+                retained = sorted(copy.generations)
+                house.fork(db_id, retained[choice % len(retained)])
+            case ("expire", _, choice):
+                retained = sorted(copy.generations)
+                house.expire(db_id, retained[choice % len(retained)])
+            case ("delete", _):
+                house.delete(db_id)
+        house.check()
+    # Once everything is deleted, children first, nothing is pinned for ever.
+    for db_id in sorted(house.copies, reverse=True):
+        if house.copies[db_id].alive:
+            house.delete(db_id)
+        house.collect(db_id)
+        assert not house.rows.scan(CHUNKS, number_key(db_id))
+        assert not house.rows.scan(DELTAS, number_key(db_id))
+        house.apply(ops.RemoveDatabase(db_id=db_id))
+
+
+@pytest.fixture
+def family() -> House:
+    """1 has chunks 0 and 1; 2 is a fork of it, 3 one of 2."""
+    house = House()
+    house.create()
+    house.change(1, 0, "rewrite")
+    house.change(1, 1, "rewrite")
+    house.fork(1, 2)
+    house.fork(2, 2)
+    return house
+
+
+def test_a_fork_makes_no_row_until_it_changes(family: House) -> None:
+    assert not family.rows.scan(CHUNKS, number_key(2))
+    family.change(2, 0, "delta")
+    assert [row.chunk_id for _, row in family.rows.scan(CHUNKS, number_key(2))] == [0]
+    (adopted,) = lineage.chunk_rows(family.rows, 2, 0).bases
+    assert (adopted.db_id, adopted.origin_db_id, adopted.generation) == (2, 1, 1)
+
+
+def test_a_chunk_that_was_cut_off_does_not_fall_through_again(family: House) -> None:
+    family.change(2, 0, "cut")
+    family.expire(2, 2)  # the adopted row goes with the last generation that shows it
+    family.check()
+    family.delete(3)
+    family.collect(2)
+    family.check()
+    (drop,) = lineage.chunk_rows(family.rows, 2, 0).bases
+    assert drop.blob is None
+    family.change(2, 0, "rewrite")
+    family.check()
+
+
+def test_who_needs_a_row_and_who_names_its_blob(family: House) -> None:
+    (base,) = lineage.chunk_rows(family.rows, 1, 0).bases
+    assert [fork.child_db_id for fork in lineage.inheritors(family.rows, base)] == [2]
+    assert lineage.naming_databases(family.rows, base) == {1}
+    family.change(3, 0, "delta")  # adopted: its own row names the blob
+    assert lineage.naming_databases(family.rows, base) == {1, 3}
+    (own,) = lineage.chunk_rows(family.rows, 3, 0).bases
+    assert lineage.naming_databases(family.rows, own) == {1, 3}
+    family.change(2, 0, "rewrite")
+    assert not list(lineage.inheritors(family.rows, base))
+    assert lineage.naming_databases(family.rows, base) == {1, 2, 3}
+
+
+def test_a_deleted_fork_needs_rows_only_for_its_own_forks(family: House) -> None:
+    (base,) = lineage.chunk_rows(family.rows, 1, 0).bases
+    family.delete(2)
+    assert list(lineage.inheritors(family.rows, base))
+    family.delete(3)
+    assert not list(lineage.inheritors(family.rows, base))
+    with pytest.raises(WrongState):
+        family.apply(ops.RemoveDatabase(db_id=1))
+
+
+async def test_refusals_inside_the_transaction(store: ManifestStore) -> None:
+    db_id = await create_database(store)
+    await store.commit(batch(ops.UpsertChunk(row=chunk(db_id)), publish(db_id)))
+    await store.commit(
+        batch(
+            ops.SupersedeChunk(db_id=db_id, chunk_id=0, generation=1, superseded_at=2),
+            ops.UpsertChunk(row=chunk(db_id, generation=2)),
+            publish(db_id, 2),
+        )
+    )
+    snapshot = SnapshotRecord(
+        db_id=db_id, name="s", generation=1, last_lsn=10, page_count=10, created_at_us=1
+    )
+    await store.commit(batch(ops.CreateSnapshot(row=snapshot)))
+    with pytest.raises(SnapshotTaken):
+        await store.commit(batch(ops.CreateSnapshot(row=snapshot)))
+    unknown = msgspec.structs.replace(snapshot, name="t", generation=3)
+    with pytest.raises(GenerationGone):
+        await store.commit(batch(ops.CreateSnapshot(row=unknown)))
+    gone = ops.DeleteGeneration(db_id=db_id, generation=1)
+    with pytest.raises(RowPinned):
+        await store.commit(batch(gone))
+    with pytest.raises(RowPinned):
+        await store.commit(batch(ops.SetDatabaseState(db_id=db_id, state="tombstoned")))
+    (child,) = (await store.commit(batch(ops.TakeDatabaseId()))).results
+    parent = ForkParent(tenant="acme", database="db", db_id=db_id, generation=1)
+    fork = ops.RestoreDatabase(record=descriptor(child, "f", generation=1, forked_from=parent))
+    await store.commit(batch(fork, ops.RestoreGeneration(row=publish(child).row)))
+    await store.commit(batch(ops.DeleteSnapshot(db_id=db_id, name="s"), gone))
+    with pytest.raises(MissingRow):
+        await store.commit(batch(ops.DeleteSnapshot(db_id=db_id, name="s")))
+    with pytest.raises(RowPinned) as refusal:
+        await store.commit(batch(ops.DeleteChunk(db_id=db_id, chunk_id=0, generation=1)))
+    assert refusal.value.fields["names"] == ["acme/f"]
+    late = msgspec.structs.replace(fork.record, db_id=child + 1, name="late")
+    with pytest.raises(GenerationGone):
+        await store.commit(batch(ops.RestoreDatabase(record=late)))
+    with store.read() as view:
+        assert view.chunk_view(child, 1)[0].blob == chunk(db_id).blob
+        assert [row.child_db_id for row in view.forks_of(db_id)] == [child]
+        assert view.snapshots(db_id) == []
+        assert replay(view.change_log()) == view.catalogue()
+        assert view.database(child) == fork.record
+    assert DATABASES.name in replay([])
