@@ -79,6 +79,11 @@ class Settings(BaseSettings):
     drain_reserve_bytes: int = Field(default=256 * MIB, ge=0)
     """On top of the quota, for checkpoints alone: what frees WAL can always run."""
     wal_budget_bytes: int = Field(default=8 * GIB, ge=1)
+    """Unpublished WAL in all, shared evenly among tenants that have some."""
+    wal_trigger_ratio: float = Field(default=0.4, gt=0, lt=0.5)
+    """Of a database's share of the WAL budget: there a checkpoint begins by itself."""
+    checkpoint_overdue_seconds: float = Field(default=30.0, ge=0)
+    """After that long above the trigger, a database beyond its share is refused appends."""
     page_cache_bytes: int = Field(default=64 * MIB, ge=0)
     hot_cache_bytes: int = Field(default=4 * GIB, ge=0)
     body_memory_bytes: int = Field(default=64 * MIB, ge=1 * MIB)

@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from app.container.ground import Ground, OnFatal, open_ground
 from app.container.service import Container, Gauges, Services
@@ -14,7 +15,13 @@ from app.core.base.events import Events
 from app.core.checkpoint.executor import CheckpointExecutor
 from app.core.checkpoint.parts import CheckpointLimits, CheckpointParts
 from app.core.checkpoint.wal_release import WalRelease
+from app.core.coordination.checkpoint_demand import CheckpointDemand
+from app.core.coordination.limits import load_limits
 from app.core.coordination.quota import StorageQuota
+from app.core.coordination.reconciliation import QuotaReconciliation, tenant_of, usage_roots
+from app.core.coordination.usage import UsageKind
+from app.core.coordination.wal_backlog import BacklogLimits, WalBacklog
+from app.core.coordination.wal_room import WalRooms
 from app.core.engines.base import DeltaLimits
 from app.core.jobs.feed import JobFeed
 from app.core.jobs.handlers.create_checkpoint import CreateCheckpoint
@@ -59,7 +66,11 @@ class _Storage:
     """What holds bytes on this machine, and the ways to read them."""
 
     quota: StorageQuota
+    reconciliation: QuotaReconciliation
+    backlog: WalBacklog
+    demand: CheckpointDemand
     hot_cache: HotCache
+    scratch_links: bool
     wal: WalStore
     directory: DatabaseDirectory
     page_cache: PageCache
@@ -176,13 +187,15 @@ async def _open_storage(
         clock=ground.clock,
         events=events,
     )
-    hot_cache = await HotCache.open(
-        settings.data_dir / "hot_cache",
-        limit_bytes=settings.hot_cache_bytes,
-        pool=ground.pool,
-        events=events,
+    backlog = WalBacklog(
+        BacklogLimits(
+            budget_bytes=settings.wal_budget_bytes,
+            trigger_ratio=settings.wal_trigger_ratio,
+            overdue_seconds=settings.checkpoint_overdue_seconds,
+        )
     )
-    quota.add_reclaimer(hot_cache)
+    demand = CheckpointDemand()
+    rooms = WalRooms(quota, backlog, demand, clock=ground.clock, events=events)
     wal = WalStore(
         settings.data_dir / "wal",
         clock=ground.clock,
@@ -191,8 +204,33 @@ async def _open_storage(
         on_fatal=on_fatal,
     )
     stack.push_async_callback(wal.aclose)
-    directory = DatabaseDirectory(ground.manifest, wal, events=events)
+    directory = DatabaseDirectory(
+        ground.manifest,
+        wal,
+        events=events,
+        open_room=lambda record: rooms.open(db_id=record.db_id, tenant=record.tenant),
+    )
     await directory.open_all()
+    with ground.manifest.read() as view:
+        load_limits(view, quota)
+    reconciliation = QuotaReconciliation(
+        quota,
+        usage_roots(settings.data_dir),
+        tenant_of=partial(tenant_of, ground.manifest),
+        pool=ground.pool,
+        events=events,
+    )
+    # Before the cache is opened: of an inode that both have, the WAL is the payer.
+    await reconciliation.run_at_start()
+    hot_cache = await HotCache.open(
+        settings.data_dir / "hot_cache",
+        limit_bytes=settings.hot_cache_bytes,
+        pool=ground.pool,
+        events=events,
+        account=quota.account(kind=UsageKind.HOT_CACHE, tenant=None),
+    )
+    quota.add_reclaimer(hot_cache)
+    await quota.trim()
     page_cache = PageCache(limit_bytes=settings.page_cache_bytes)
     page_store = await stack.enter_async_context(
         PageStore(
@@ -209,7 +247,11 @@ async def _open_storage(
     )
     return _Storage(
         quota=quota,
+        reconciliation=reconciliation,
+        backlog=backlog,
+        demand=demand,
         hot_cache=hot_cache,
+        scratch_links=await ground.scratch.takes_links_of(settings.data_dir / "wal"),
         wal=wal,
         directory=directory,
         page_cache=page_cache,
@@ -265,6 +307,7 @@ def _executor(
             manifest=ground.manifest,
             wal=storage.wal,
             scratch=ground.scratch,
+            scratch_links=storage.scratch_links,
             hot_cache=storage.hot_cache,
             quota=storage.quota,
             remote=claim.remote,

@@ -194,9 +194,13 @@ class CheckpointExecutor:
 
     async def _reserve(self, hold: JobHold, plan: CheckpointPlan) -> None:
         await hold.update(reason="checkpoint.reserving", changes={"stage": "reserving"})
-        job = hold.job
-        self._reservations[job.job_id] = await self._parts.quota.reserve(
-            tenant=job.tenant, job_id=job.job_id, size_bytes=plan.staged_bytes_max, drain=True
+        parts, job = self._parts, hold.job
+        parts.quota.forget_scratch(job.job_id)  # of an earlier process: the reservation covers it
+        self._reservations[job.job_id] = await parts.quota.reserve(
+            tenant=job.tenant,
+            job_id=job.job_id,
+            size_bytes=plan.room_bytes(links=parts.scratch_links),
+            drain=True,
         )
         failpoints.fp("quota.after_reserve")
 
@@ -205,11 +209,16 @@ class CheckpointExecutor:
         await hold.update(reason="checkpoint.cleanup", changes={"stage": "cleanup"})
         parts = self._parts
         directory = await parts.scratch.create(hold.job.job_id)
+        reservation = self._reservations.get(hold.job.job_id)
         for row in rows_of(hold.job.intents):
             if (blob := row.blob) is None:
                 continue
             path = directory.file(staged_name(row.chunk_id))
-            await parts.hot_cache.admit_link(path, sha256=blob.sha256.hex(), size_bytes=blob.bytes)
+            kept = await parts.hot_cache.admit_link(
+                path, sha256=blob.sha256.hex(), size_bytes=blob.bytes
+            )
+            if kept and reservation is not None:
+                reservation.spend(blob.bytes)
         failpoints.fp("cleanup.after_links")
         await self._clean_up(hold)
         parts.events.info("checkpoint.cleaned_up", **job_fields(hold.job))
@@ -321,6 +330,7 @@ class CheckpointExecutor:
     async def _clean_up(self, hold: JobHold) -> None:
         """Scratch and reservation go; nothing there is fine."""
         await self._parts.scratch.remove(hold.job.job_id)
+        self._parts.quota.forget_scratch(hold.job.job_id)
         reservation = self._reservations.pop(hold.job.job_id, None)
         if reservation is not None:
             reservation.release()

@@ -37,6 +37,8 @@ class CheckpointParts:
     manifest: ManifestStore
     wal: WalStore
     scratch: ScratchStore
+    scratch_links: bool
+    """Scratch takes hard links of WAL segments."""
     hot_cache: HotCache
     quota: StorageQuota
     remote: Callable[[], RemoteStore]

@@ -69,6 +69,14 @@ class UsageAccount:
         """The file `name` is gone. Its inode is passed on where another link is charged."""
         self._quota.discharge(UsageKey(device=device, inode=inode), self._link(name))
 
+    def forget(self) -> None:
+        """All of the owner's files are gone."""
+        self._quota.forget(kind=self._kind, owner=self._owner)
+
+    def missing_bytes(self, size_bytes: int) -> int:
+        """How far a new file of that size would take use beyond the global limit."""
+        return self._quota.missing_bytes(size_bytes)
+
     def _link(self, name: str) -> UsageLink:
         return UsageLink(kind=self._kind, owner=self._owner, name=name, tenant=self._tenant)
 
@@ -142,23 +150,40 @@ class StorageQuota:
         """Raises QuotaExhausted. Short of global room, reclaimers are asked before refusing.
 
         With `drain`, what ordinary budgets refuse is taken from the drain reserve, so that the
-        checkpoint that frees WAL always runs.
+        checkpoint that frees WAL always runs: one that is larger than the whole reserve has it
+        alone.
         """
+        while True:
+            if taken := self.reserve_now(tenant=tenant, job_id=job_id, size_bytes=size_bytes):
+                return taken
+            shortage = await self._reclaim_for(tenant, job_id, size_bytes)
+            if shortage is not None:
+                break
+        if not drain:
+            raise self._refusal(shortage, tenant)
+        drained = find_shortage((self._drain,), size_bytes)
+        if drained is not None and (self._drain.used_bytes or not self._drain.limit_bytes):
+            raise self._refusal(drained, tenant)
+        return self._take(tenant, job_id, size_bytes, drained=True)
+
+    def reserve_now(
+        self, *, tenant: str, job_id: str | None, size_bytes: int
+    ) -> Reservation | None:
+        """A reservation, or None where some level is short."""
         if size_bytes < 0:
             raise InvariantViolation("A reservation has no negative size.", size_bytes=size_bytes)
-        hopeful = True
-        while True:
-            shortage = self._shortage(tenant, job_id, size_bytes)
-            if shortage is None:
-                return self._take(tenant, job_id, size_bytes)
-            if not hopeful or shortage.level is not LevelName.GLOBAL:
-                break
-            hopeful = await self._reclaim(shortage.missing_bytes) > 0
-        if drain:
-            shortage = find_shortage((self._drain,), size_bytes)
-            if shortage is None:
-                return self._take(tenant, job_id, size_bytes, drained=True)
-        raise self._refusal(shortage, tenant)
+        if self._shortage(tenant, job_id, size_bytes) is not None:
+            return None
+        return self._take(tenant, job_id, size_bytes)
+
+    async def make_room(self, *, tenant: str, size_bytes: int) -> None:
+        """Frees what can be done without, for a `reserve_now` to be tried again.
+
+        Raises QuotaExhausted where that is in vain.
+        """
+        shortage = await self._reclaim_for(tenant, None, size_bytes)
+        if shortage is not None:
+            raise self._refusal(shortage, tenant)
 
     def release_job(self, job_id: str) -> int:
         """Gives back all that a job holds; returns the bytes. A job that holds nothing is fine."""
@@ -191,6 +216,15 @@ class StorageQuota:
         """A whole directory is gone."""
         self._confined()
         self._apply(self._ledger.unlink_owner(kind=kind, owner=owner))
+
+    def missing_bytes(self, size_bytes: int) -> int:
+        """How far `size_bytes` more would take use beyond the global limit."""
+        shortage = find_shortage((self._global,), size_bytes)
+        return 0 if shortage is None else shortage.missing_bytes
+
+    def forget_scratch(self, job_id: str) -> None:
+        """The job's directory is gone, or its reservation stands for it."""
+        self.forget(kind=UsageKind.SCRATCH, owner=job_id)
 
     @property
     def ledger(self) -> InodeLedger:
@@ -284,6 +318,10 @@ class StorageQuota:
                 job_id, _Job(tenant, Level(LevelName.JOB, limit_bytes=entry.job_limit_bytes))
             )
             job.reservations.add(reservation)
+        if drained and find_shortage((self._drain,), size_bytes) is not None:
+            self._events.warning("quota.drain_overrun", job_id=job_id, bytes=size_bytes)
+            self._drain.take_alone(size_bytes)
+            return reservation
         for level in self._levels_of(reservation):
             level.take(size_bytes)
         return reservation
@@ -293,10 +331,10 @@ class StorageQuota:
             return (self._drain,)
         return self._levels(reservation.tenant, reservation.job_id)
 
-    def _give_back(self, reservation: Reservation, size_bytes: int) -> None:
+    def _give_back(self, reservation: Reservation, size_bytes: int, spent: bool) -> None:
         self._confined()
         failpoints.fp("quota.before_release")
-        now = self._clock.monotonic()
+        now = None if spent else self._clock.monotonic()
         for level in self._levels_of(reservation):
             level.give_back(size_bytes, now=now)
         if size_bytes == reservation.size_bytes:
@@ -338,6 +376,17 @@ class StorageQuota:
             return
         if entry.level.limit_bytes is None and entry.job_limit_bytes is None:
             del self._tenants[tenant]
+
+    async def _reclaim_for(
+        self, tenant: str, job_id: str | None, size_bytes: int
+    ) -> Shortage | None:
+        """None once it is worth trying again; else what is short for good."""
+        shortage = self._shortage(tenant, job_id, size_bytes)
+        if shortage is None:
+            return None
+        if shortage.level is not LevelName.GLOBAL:
+            return shortage
+        return None if await self._reclaim(shortage.missing_bytes) > 0 else shortage
 
     async def _reclaim(self, size_bytes: int) -> int:
         """One at a time, so that two who are short do not empty the cache twice over."""

@@ -97,10 +97,19 @@ class Level:
         self._reserved_bytes += size_bytes
         assert self.limit_bytes is None or self.used_bytes <= self.limit_bytes
 
-    def give_back(self, size_bytes: int, *, now: float) -> None:
+    def take_alone(self, size_bytes: int) -> None:
+        """Beyond the limit, where nothing is reserved; see `StorageQuota.reserve`."""
+        assert self._reserved_bytes == 0
+        self._reserved_bytes = size_bytes
+        if self._allowed_bytes is not None:
+            self._allowed_bytes = max(self._allowed_bytes, size_bytes)
+
+    def give_back(self, size_bytes: int, *, now: float | None) -> None:
+        """Without a time it was spent, which frees nothing."""
         self._reserved_bytes -= size_bytes
         assert self._reserved_bytes >= 0
-        self.freed.add(size_bytes, now=now)
+        if now is not None:
+            self.freed.add(size_bytes, now=now)
         if self._allowed_bytes is not None and self.limit_bytes is not None:
             self._allowed_bytes = max(self.limit_bytes, self._reserved_bytes)
 

@@ -14,7 +14,7 @@ class Reservation:
 
     def __init__(
         self,
-        give_back: Callable[["Reservation", int], None],  # and how much of it goes
+        give_back: Callable[["Reservation", int, bool], None],  # how much of it goes; spent or not
         *,
         tenant: str,
         job_id: str | None,
@@ -37,16 +37,23 @@ class Reservation:
 
     def shrink(self, *, to_bytes: int) -> None:
         """Gives back what is not needed after all; what is already smaller stays."""
-        if to_bytes < 0:
-            raise InvariantViolation("A reservation has no negative size.", to_bytes=to_bytes)
-        surplus = self._size_bytes - to_bytes
-        if surplus > 0:
-            self._give_back(self, surplus)
-            self._size_bytes = to_bytes
+        self._shrink(to_bytes, spent=False)
+
+    def spend(self, size_bytes: int) -> None:
+        """So much of it became a file that is charged: it is no longer promised, nor free."""
+        self._shrink(max(self._size_bytes - size_bytes, 0), spent=True)
 
     def release(self) -> None:
         """Again is harmless."""
         self.shrink(to_bytes=0)
+
+    def _shrink(self, to_bytes: int, *, spent: bool) -> None:
+        if to_bytes < 0:
+            raise InvariantViolation("A reservation has no negative size.", to_bytes=to_bytes)
+        surplus = self._size_bytes - to_bytes
+        if surplus > 0:
+            self._give_back(self, surplus, spent)
+            self._size_bytes = to_bytes
 
     def __enter__(self) -> Self:
         return self

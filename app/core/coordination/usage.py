@@ -84,6 +84,7 @@ class InodeLedger:
 
     def __init__(self) -> None:
         self._inodes: dict[UsageKey, _Inode] = {}
+        self._owned: dict[tuple[UsageKind, str], set[UsageKey]] = {}
         self._by_kind: dict[UsageKind, int] = dict.fromkeys(UsageKind, 0)
         self._sequence = 0
         self._removed: dict[UsageKey, int] = {}
@@ -101,6 +102,7 @@ class InodeLedger:
         if inode is None:
             inode = self._inodes[key] = _Inode(bytes=0, changed=0)
         inode.links.setdefault(link.place, link)
+        self._owned.setdefault(link.place[:2], set()).add(key)
         self._touch(inode)
         change = size_bytes - inode.bytes
         inode.bytes = size_bytes
@@ -114,6 +116,7 @@ class InodeLedger:
         self._touch(inode)
         before = inode.payer
         del inode.links[place]
+        self._disown(key, inode, place)
         if not inode.links:
             del self._inodes[key]
             if self._watched_since is not None:
@@ -127,8 +130,8 @@ class InodeLedger:
         """Forgets every link of a directory that is gone."""
         gone = [
             (key, place)
-            for key, inode in self._inodes.items()
-            for place in inode.links
+            for key in self._owned.get((kind, owner), ())
+            for place in self._inodes[key].links
             if place[:2] == (kind, owner)
         ]
         return [payment for key, place in gone for payment in self.unlink(key, place)]
@@ -183,6 +186,14 @@ class InodeLedger:
             if tenant is not None and inode.bytes:
                 tenants[tenant] = tenants.get(tenant, 0) + inode.bytes
         return whole, tenants
+
+    def _disown(self, key: UsageKey, inode: _Inode, place: Place) -> None:
+        """One owner may hold an inode by several names."""
+        if all(other[:2] != place[:2] for other in inode.links):
+            owned = self._owned[place[:2]]
+            owned.discard(key)
+            if not owned:
+                del self._owned[place[:2]]
 
     def _touch(self, inode: _Inode) -> None:
         self._sequence += 1

@@ -128,6 +128,14 @@ class CheckpointPlan(msgspec.Struct, frozen=True, kw_only=True):
     def target_generation(self) -> int:
         return self.expected_generation + 1
 
+    def room_bytes(self, *, links: bool) -> int:
+        """What staging may take of the disk at most. With `links` a segment that stays as it is
+        takes nothing more: its inode is paid for as WAL.
+        """
+        if links and self.engine == "append_only" and self.codec == "none":
+            return 0
+        return self.staged_bytes_max
+
     @property
     def staged_bytes_max(self) -> int:
         """What staging may hold in scratch at most."""

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Callable
 
 from app.core.base.errors import DatabaseNotFound, WrongEngine
 from app.core.base.events import Events
@@ -11,6 +12,7 @@ from app.core.stores.manifest.records import DatabaseRecord, Engine, WalSegmentR
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.wal.log import WalLog
 from app.core.stores.wal.remembered import RememberedAppend
+from app.core.stores.wal.room import EndlessRoom, WalRoom
 from app.core.stores.wal.segments import CatalogSegment, LogConfig
 from app.core.stores.wal.store import WalStore
 
@@ -21,9 +23,17 @@ ENGINE_CODES: dict[Engine, EngineCode] = {
 
 
 class DatabaseDirectory:
-    def __init__(self, manifest: ManifestStore, wal: WalStore, *, events: Events) -> None:
+    def __init__(
+        self,
+        manifest: ManifestStore,
+        wal: WalStore,
+        *,
+        events: Events,
+        open_room: Callable[[DatabaseRecord], WalRoom] = lambda _: EndlessRoom(),
+    ) -> None:
         self._manifest = manifest
         self._wal = wal
+        self._open_room = open_room
         self._events = events
         self._ids: dict[tuple[str, str], DatabaseRecord] = {}  # fixed properties only
         self._checkpointed: dict[int, set[asyncio.Future[None]]] = defaultdict(set)
@@ -63,6 +73,7 @@ class DatabaseDirectory:
                 ),
             ),
             tuple(catalog_segment(row) for row in rows),
+            room=self._open_room(record),
         )
         await self._tell_health(record, log)
         return log

@@ -30,6 +30,8 @@ class JobRoom(Protocol):
 
     def release_job(self, job_id: str) -> int: ...
 
+    def forget_scratch(self, job_id: str) -> None: ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JanitorReport:
@@ -111,6 +113,8 @@ class ScratchJanitor:
                         "janitor.not_removed", job_id=entry.job_id, error=repr(error)
                     )  # fmt: skip
                 else:
+                    if not entry.removing:
+                        self._room.forget_scratch(entry.job_id)
                     removed.append(entry.job_id)
                     self._events.info(
                         "janitor.removed", job_id=entry.job_id, bytes=entry.bytes,

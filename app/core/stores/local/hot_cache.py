@@ -19,33 +19,18 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 from app.core.base.errors import InvariantViolation
 from app.core.base.events import Events
 from app.core.base.tasks import BlockingPool, uninterrupted
+from app.core.stores.file_account import CacheAccount, NoAccount
 from app.core.stores.local.cache_files import CachedFile, CacheFiles, is_sha256
 from app.core.stores.local.cache_writer import CacheWriter
 from app.core.stores.local.pinned_file import PinnedFile
 
 # Any other failure to open, too many open files above all, says nothing of the file.
 _FILE_IS_LOST = frozenset({errno.ENOENT, errno.EIO, errno.ESTALE})
-
-
-class FileAccount(Protocol):
-    """Is told which files exist, so that each inode is paid for once."""
-
-    def charge(self, name: str, *, device: int, inode: int, size_bytes: int) -> None: ...
-
-    def discharge(self, name: str, *, device: int, inode: int) -> None: ...
-
-
-class NoAccount:
-    def charge(self, name: str, *, device: int, inode: int, size_bytes: int) -> None:
-        pass
-
-    def discharge(self, name: str, *, device: int, inode: int) -> None:
-        pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +73,7 @@ class HotCache:
         limit_bytes: int,
         pool: BlockingPool,
         events: Events,
-        account: FileAccount | None = None,
+        account: CacheAccount | None = None,
     ) -> None:
         self._files = CacheFiles(root)
         self._limit_bytes = limit_bytes
@@ -112,7 +97,7 @@ class HotCache:
         limit_bytes: int,
         pool: BlockingPool,
         events: Events,
-        account: FileAccount | None = None,
+        account: CacheAccount | None = None,
     ) -> Self:
         """Lists the directory, oldest file first, and evicts what is above the limit."""
         cache = cls(root, limit_bytes=limit_bytes, pool=pool, events=events, account=account)
@@ -174,7 +159,7 @@ class HotCache:
     @asynccontextmanager
     async def writer(self, *, sha256: str, size_bytes: int) -> AsyncIterator[CacheWriter]:
         """For a download: `write` its pieces, then `commit`. Left without, nothing remains."""
-        with self._arrival(sha256, size_bytes) as room:
+        with self._arrival(sha256, size_bytes, is_new=True) as room:
             if room is not None:
                 await uninterrupted(self._unlink(self._take_out(room)))
             writer = CacheWriter(
@@ -303,17 +288,20 @@ class HotCache:
         ]
 
     @contextmanager
-    def _arrival(self, sha256: str, size_bytes: int) -> Iterator[list[str] | None]:
-        """Room for a file while it arrives: whom to evict for it, or None if it cannot come in."""
+    def _arrival(
+        self, sha256: str, size_bytes: int, *, is_new: bool = False
+    ) -> Iterator[list[str] | None]:
+        """Room for a file while it arrives: whom to evict for it, or None if it cannot come in.
+        A new one takes room on the disk that a link does not.
+        """
         if not is_sha256(sha256) or size_bytes < 0:
             raise InvariantViolation("Not a blob's SHA-256 and size.", sha256=sha256)
         used_bytes = self._used_bytes + sum(self._arriving.values())
         busy = sha256 in self._entries or sha256 in self._arriving or sha256 in self._leaving
-        victims = (
-            None
-            if busy
-            else plan_eviction(self._unpinned(), used_bytes + size_bytes - self._limit_bytes)
-        )
+        need_bytes = used_bytes + size_bytes - self._limit_bytes
+        if is_new:
+            need_bytes = max(need_bytes, self._account.missing_bytes(size_bytes))
+        victims = None if busy else plan_eviction(self._unpinned(), need_bytes)
         if victims is None:
             yield None
             return

@@ -106,6 +106,10 @@ class ScratchStore:
         self._pool = pool
         self._clock = clock
 
+    async def takes_links_of(self, directory: Path) -> bool:
+        """Whether files in `directory` can be hard-linked into scratch."""
+        return await self._pool.run(self._takes_links_blocking, directory)
+
     async def create(self, job_id: str, *, room_bytes: int = 0) -> ScratchDir:
         """Makes the directory, or takes up that of a job that goes on, with its files.
 
@@ -134,6 +138,23 @@ class ScratchStore:
         if not is_ulid(job_id):
             raise InvariantViolation("A scratch directory is named for a job.", job_id=job_id)
         return self._root / job_id
+
+    def _takes_links_blocking(self, directory: Path) -> bool:
+        probe = directory / ".link-probe"
+        target = self._root / ".link-probe"
+        with disk_errors(self._root.parent):
+            directory.mkdir(parents=True, exist_ok=True)
+            self._root.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            probe.touch()
+        try:
+            target.hardlink_to(probe)
+        except OSError:
+            return False
+        finally:
+            probe.unlink(missing_ok=True)
+            target.unlink(missing_ok=True)
+        return True
 
     def _create_blocking(self, path: Path, room_bytes: int) -> None:
         failpoints.fp("stage.before_create_scratch")

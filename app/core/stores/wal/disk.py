@@ -33,6 +33,10 @@ class Disk(Protocol):
 
     def size(self, fd: int) -> int: ...
 
+    def identify(self, path: Path) -> tuple[int, int]:
+        """Device and inode."""
+        ...
+
     def read(self, fd: int, length: int, offset: int) -> bytes:
         """Fewer bytes than `length` only at the end of the file."""
         ...
@@ -79,6 +83,10 @@ class SystemDisk:
 
     def size(self, fd: int) -> int:
         return os.fstat(fd).st_size
+
+    def identify(self, path: Path) -> tuple[int, int]:
+        status = path.stat()
+        return status.st_dev, status.st_ino
 
     def read(self, fd: int, length: int, offset: int) -> bytes:
         data = os.pread(fd, length, offset)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from app.core.base.errors import Backpressure
 from app.core.stores.wal.requests import Appended, AppendRequest
+from app.core.stores.wal.room import Hold
 
 QUEUE_BYTES_MAX = 256 * 1024 * 1024
 QUEUE_COUNT_MAX = 8192
@@ -18,6 +19,7 @@ class WaitingAppend:
     request: AppendRequest
     payload_bytes: int
     answer: asyncio.Future[Appended]
+    hold: Hold
 
 
 @dataclass(slots=True, eq=False)

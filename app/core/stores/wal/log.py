@@ -35,11 +35,19 @@ from app.core.stores.wal.log_frames import LogFrames
 from app.core.stores.wal.pins import PinnedSegment, WalPin
 from app.core.stores.wal.recovery import Health, Recovered
 from app.core.stores.wal.remembered import RememberedAppend
-from app.core.stores.wal.requests import Appended, AppendRequest, EntryPayload, MemoryPayload
+from app.core.stores.wal.requests import (
+    Appended,
+    AppendRequest,
+    EntryPayload,
+    MemoryPayload,
+    write_bytes_of,
+)
+from app.core.stores.wal.room import Hold, WalRoom
 from app.core.stores.wal.segments import (
     CatalogSegment,
     LogConfig,
     NewSegment,
+    Segment,
     SegmentCatalog,
     SegmentInfo,
 )
@@ -72,6 +80,7 @@ class WalLog:
         *,
         frames: LogFrames | None = None,
         writer: LogWriter,
+        room: WalRoom,
         pool: BlockingPool,
         fail_stop: FailStop,
         clock: Clock,
@@ -80,6 +89,7 @@ class WalLog:
         self._db_id = config.db_id
         self._frames = frames
         self._writer = writer
+        self._room = room
         self._flusher = Flusher(
             writer, chunk_bytes=config.chunk_bytes, fail_stop=fail_stop, clock=clock
         )
@@ -96,6 +106,11 @@ class WalLog:
         self._sealed_bytes = sum(
             segment.info.file_bytes for segment in recovered.segments if segment.info
         )
+        self._published_bytes = sum(
+            segment.info.file_bytes
+            for segment in recovered.segments
+            if segment.info and segment.info.state == "checkpointed"
+        )
         self._keyed = KeyedAppends(clock, kept=config.remembered, recovered=recovered.remembered)
         self._queue = AppendQueue()
         self._waiters = LsnWaiters()
@@ -104,6 +119,7 @@ class WalLog:
         self._idle = asyncio.Event()
         self._idle.set()
         self._removing = asyncio.Lock()
+        self._tell_unpublished()
 
     # --- what is there ------------------------------------------------------------------------
 
@@ -152,6 +168,11 @@ class WalLog:
         return self._sealed_bytes + self.unsealed_bytes
 
     @property
+    def unpublished_bytes(self) -> int:
+        """Of the WAL that no generation covers yet."""
+        return self.wal_bytes - self._published_bytes
+
+    @property
     def unsealed_bytes(self) -> int:
         return sum(
             segment.durable.entries_end for segment in self._unsealed if segment.durable.entries
@@ -179,15 +200,22 @@ class WalLog:
 
     async def append(self, request: AppendRequest) -> Appended:
         """Returns once all of it is durable. Raises LsnMismatch, IdempotencyKeyReused,
-        Backpressure, DiskFull, WalLost, CorruptWal, NotReady, StorageFailure.
+        Backpressure, QuotaExhausted, DiskFull, WalLost, CorruptWal, NotReady, StorageFailure.
         """
-        self._check_open()
+        size_bytes = write_bytes_of(request)
+        while True:
+            self._check_open()
+            if request.key_hash is not None:
+                replayed = await self._keyed.replay(request)
+                if replayed is not None:
+                    return replayed
+            hold = self._room.hold(size_bytes)
+            if hold is not None:
+                break
+            await self._room.make_way(size_bytes)
         if request.key_hash is None:
-            return await self._enqueue(request)
-        replayed = await self._keyed.replay(request)
-        if replayed is not None:
-            return replayed
-        answer = self._enqueue(request)
+            return await self._enqueue(request, hold)
+        answer = self._enqueue(request, hold)
         self._keyed.begin(request, answer)
         return await asyncio.shield(answer)  # replays wait for it too
 
@@ -222,8 +250,11 @@ class WalLog:
         """A published generation covers them."""
         for segment_id in segment_ids:
             segment = self._segments.get(segment_id)
-            if segment is not None and segment.info is not None:
-                segment.info = replace(segment.info, state="checkpointed")
+            if segment is None or segment.info is None or segment.info.state == "checkpointed":
+                continue
+            segment.info = replace(segment.info, state="checkpointed")
+            self._published_bytes += segment.info.file_bytes
+        self._tell_unpublished()
 
     async def remove(self, segment_ids: Collection[int]) -> tuple[int, ...]:
         """Deletes the files of those that are sealed and not pinned; returns the ids whose files
@@ -236,15 +267,23 @@ class WalLog:
                 return ()
             if self._frames is not None:
                 self._frames.remove(gone)
+            removed: list[Segment] = []
             for segment_id in gone:  # nobody can pin them from here on
                 segment = self._segments.pop(segment_id, None)
                 if segment is not None and segment.info is not None:
+                    removed.append(segment)
                     self._sealed_bytes -= segment.info.file_bytes
+                    if segment.info.state == "checkpointed":
+                        self._published_bytes -= segment.info.file_bytes
             try:
                 await uninterrupted(self._pool.run(self._writer.remove_blocking, gone))
             except StorageFailure as failure:
                 self._fail_stop.trip(failure)
                 raise
+            for segment in removed:
+                device, inode = segment.identity
+                self._room.discharge(segment.path.name, device=device, inode=inode)
+            self._tell_unpublished()
             return gone
 
     def _may_go(self, segment_id: int) -> bool:
@@ -266,6 +305,10 @@ class WalLog:
         self._waiters.fail(self._closing)
         await self._idle.wait()
 
+    def forget_room(self) -> None:
+        """Its files are gone."""
+        self._room.forget()
+
     def close_files_blocking(self) -> None:
         self._writer.close_blocking(self._unsealed)
 
@@ -276,6 +319,7 @@ class WalLog:
                 _fail(waiting.done, error)
             else:
                 self._keyed.end(waiting.request)
+                waiting.hold.release()
                 _fail(waiting.answer, error)
         self._waiters.fail(error)
 
@@ -293,9 +337,13 @@ class WalLog:
         if self._closing is not None:
             raise self._closing.with_traceback(None)
 
-    def _enqueue(self, request: AppendRequest) -> asyncio.Future[Appended]:
-        waiting = WaitingAppend(request, request.check(), self._loop.create_future())
-        self._queue.put(waiting)
+    def _enqueue(self, request: AppendRequest, hold: Hold) -> asyncio.Future[Appended]:
+        try:
+            waiting = WaitingAppend(request, request.check(), self._loop.create_future(), hold)
+            self._queue.put(waiting)
+        except BaseException:
+            hold.release()
+            raise
         self._wake()
         return waiting.answer
 
@@ -340,6 +388,7 @@ class WalLog:
         if error is not None:
             for waiting in appends:
                 self._keyed.end(waiting.request)
+                waiting.hold.release()
                 _fail(waiting.answer, error)
             return
         plan = flushed.plan
@@ -347,19 +396,23 @@ class WalLog:
         for segment, marks in flushed.written:
             segment.durable = marks
             self._segments.setdefault(segment.segment_id, segment)
+            self._charge(segment)
         self._next_lsn = plan.next_lsn
         if self._frames is not None:
             self._frames.take(plan.runs, flushed.written)
         for waiting, outcome in zip(appends, plan.outcomes, strict=True):
             self._keyed.end(waiting.request)
             if isinstance(outcome, LsnMismatch):
+                waiting.hold.release()
                 _fail(waiting.answer, outcome)
                 continue
+            waiting.hold.spend()
             appended = outcome.appended
             self._keyed.remember(waiting.request, appended, segment_id=outcome.segment_id)
             if not waiting.answer.done():
                 waiting.answer.set_result(appended)
         if flushed.written:
+            self._tell_unpublished()
             self._waiters.wake(self.durable_lsn)
             self._events.debug(
                 "wal.flushed", db_id=self._db_id, requests=len(appends),
@@ -370,11 +423,22 @@ class WalLog:
         for segment, info in done.sealed:
             segment.info = info
             self._sealed_bytes += info.file_bytes
+            self._charge(segment)
             self._events.info(
                 "wal.sealed", db_id=self._db_id, segment_id=info.segment_id,
                 first_lsn=info.first_lsn, last_lsn=info.last_lsn, bytes=info.file_bytes,
             )  # fmt: skip
         self._unsealed = [segment for segment in self._unsealed if segment.info is None]
+        self._tell_unpublished()
+
+    def _charge(self, segment: Segment) -> None:
+        device, inode = segment.identity
+        self._room.charge(
+            segment.path.name, device=device, inode=inode, size_bytes=segment.file_bytes
+        )
+
+    def _tell_unpublished(self) -> None:
+        self._room.unpublished(self.unpublished_bytes)
 
     def _end_group(self, group: Group, error: Exception | None) -> None:
         if isinstance(error, BopError):

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from app.core.base.errors import InvariantViolation
 from app.core.formats.frame_run import FrameFooter
-from app.core.formats.segment import ENTRY_PAYLOAD_BYTES_MAX, EntryType
+from app.core.formats.segment import ENTRY_HEADER_BYTES, ENTRY_PAYLOAD_BYTES_MAX, EntryType
 from app.core.formats.sqlite_wal import Words
 
 UNIT_BYTES_MIN = 4
@@ -92,6 +92,11 @@ class AppendRequest:
         ):
             raise InvariantViolation("The hashes of a keyed append are 16 bytes each.")
         return total
+
+
+def write_bytes_of(request: AppendRequest) -> int:
+    """What it will take of a segment's file; headers of new segments and trailers come on top."""
+    return sum(ENTRY_HEADER_BYTES + entry.payload_bytes for entry in request.entries)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -141,8 +141,8 @@ class Segment:
     """
 
     __slots__ = (
-        "ceiling_lsn", "durable", "fd", "file_sealed", "first_lsn", "index", "info", "path", "pins",
-        "segment_id", "written",
+        "ceiling_lsn", "durable", "fd", "file_sealed", "first_lsn", "identity", "index", "info",
+        "path", "pins", "segment_id", "written",
     )  # fmt: skip
 
     def __init__(
@@ -161,6 +161,8 @@ class Segment:
         self.written = self.durable = marks or SegmentMarks(next_lsn=first_lsn)
         self.index = IndexBuilder()
         self.fd: int | None = None
+        self.identity = (0, 0)
+        """Device and inode of the file."""
         self.file_sealed: SegmentInfo | None = None
         """Set once the trailer is durable; the catalogue's row may yet have to follow."""
         self.info: SegmentInfo | None = None

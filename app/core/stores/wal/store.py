@@ -25,6 +25,7 @@ from app.core.stores.wal.failure import FailStop
 from app.core.stores.wal.log import WalLog
 from app.core.stores.wal.log_frames import LogFrames, last_request_blocking
 from app.core.stores.wal.recovery import Recovered, recover_blocking
+from app.core.stores.wal.room import EndlessRoom, WalRoom
 from app.core.stores.wal.segments import CatalogSegment, LogConfig, SegmentCatalog
 from app.core.stores.wal.writer import LogWriter
 
@@ -64,9 +65,12 @@ class WalStore:
     def logs(self) -> Iterable[WalLog]:
         return tuple(self._logs.values())
 
-    async def open_log(self, config: LogConfig, rows: Sequence[CatalogSegment]) -> WalLog:
+    async def open_log(
+        self, config: LogConfig, rows: Sequence[CatalogSegment], *, room: WalRoom | None = None
+    ) -> WalLog:
         """Recovers it: torn tails are cut, all segments but the last sealed. Damage and loss are
-        told by `health`. Raises StorageFailure.
+        told by `health`. Files that are there already are not charged to `room`. Raises
+        StorageFailure.
         """
         self._fail_stop.check()
         if config.db_id in self._logs or config.db_id in self._opening:
@@ -74,7 +78,7 @@ class WalStore:
         self._loop = asyncio.get_running_loop()
         self._opening.add(config.db_id)
         try:
-            return await uninterrupted(self._open(config, tuple(rows)))
+            return await uninterrupted(self._open(config, tuple(rows), room or EndlessRoom()))
         finally:
             self._opening.discard(config.db_id)
 
@@ -87,6 +91,8 @@ class WalStore:
             log.fail_waiting(gone)
             await uninterrupted(log.aclose(gone))
         await uninterrupted(self._pool.run(self._drop_blocking, db_id, log))
+        if log is not None:
+            log.forget_room()
 
     async def aclose(self) -> None:
         """Ends after what is queued is durable."""
@@ -100,7 +106,9 @@ class WalStore:
 
     # --- opening ------------------------------------------------------------------------------
 
-    async def _open(self, config: LogConfig, rows: tuple[CatalogSegment, ...]) -> WalLog:
+    async def _open(
+        self, config: LogConfig, rows: tuple[CatalogSegment, ...], room: WalRoom
+    ) -> WalLog:
         directory = self._root / str(config.db_id)
         writer = LogWriter(
             self._disk,
@@ -134,6 +142,7 @@ class WalStore:
             recovered,
             frames=frames,
             writer=writer,
+            room=room,
             pool=self._pool,
             fail_stop=self._fail_stop,
             clock=self._clock,
@@ -165,6 +174,11 @@ class WalStore:
         except BopError as error:
             seal_error = error  # the next flush tries again
         recovered.unsealed = [one for one in recovered.unsealed if one.info is None]
+        try:
+            for segment in {*recovered.segments, *recovered.unsealed}:
+                segment.identity = self._disk.identify(segment.path)
+        except OSError as error:
+            raise StorageFailure(f"The WAL cannot be read: {error}") from error
         if config.page_size:
             self._find_last_request(recovered, page_size=config.page_size)
         return recovered, seal_error

@@ -157,6 +157,7 @@ class LogWriter:
         # chunk is a link to its segment's inode.
         self._disk.unlink(path)
         segment.fd = self._disk.create(path)
+        segment.identity = self._disk.identify(path)
         return segment
 
     def _write_run(self, segment: Segment, run: Run, *, durable_lsn: int, now_us: int) -> None:

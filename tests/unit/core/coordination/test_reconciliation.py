@@ -58,18 +58,18 @@ async def test_start_charges_what_is_there_once(tmp_path, pool, quota):
     (tmp_path / "wal/link").symlink_to(segment)
 
     reconcile = reconciliation(quota, tmp_path, pool)
-    report = await reconcile.run_once(reserved_jobs={JOB})
+    report = await reconcile.run_once(live_jobs=lambda: {JOB})
     assert (report.inodes, report.corrected, report.drift_bytes) == (2, 2, 530)
     seen = quota.snapshot()
     assert seen.global_used_bytes == 530
     assert [(t.tenant, t.used_bytes) for t in seen.tenants] == [("acme", 530)]
     quota.check()
 
-    again = await reconcile.run_once(reserved_jobs={JOB})
+    again = await reconcile.run_once(live_jobs=lambda: {JOB})
     assert (again.corrected, again.drift_bytes) == (0, 0)
 
     segment.unlink()
-    assert (await reconcile.run_once(reserved_jobs={JOB})).corrected == 1
+    assert (await reconcile.run_once(live_jobs=lambda: {JOB})).corrected == 1
     assert [t.used_bytes for t in quota.snapshot().tenants] == [30]  # the cache pays now
     assert quota.snapshot().global_used_bytes == 530
     quota.check()
