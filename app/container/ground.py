@@ -54,6 +54,7 @@ async def open_ground(
         events=events,
         process_id=process_id,
         map_bytes=settings.manifest_map_bytes,
+        gc_grace_seconds=settings.gc_grace_seconds,
         max_readers=settings.manifest_max_readers,
         migrations=load_steps(),
         on_fatal=on_fatal,

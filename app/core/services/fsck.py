@@ -15,6 +15,7 @@ from app.core.checkpoint.generation_document import build_document, decode_docum
 from app.core.coordination.quota import StorageQuota
 from app.core.formats.damage import Damage
 from app.core.stores.local.scratch import ScratchStore
+from app.core.stores.manifest.derived import index_entries
 from app.core.stores.manifest.lineage import is_valid_at
 from app.core.stores.manifest.records import (
     ENDED_STATES,
@@ -68,6 +69,7 @@ class _Manifest:
     retired: list[GcRecord]
     changes: list[ChangeRecord]
     differences: list[str]
+    index_differences: list[str]
 
     @property
     def catalogue(self) -> list[ChunkRecord | ChunkDeltaRecord]:
@@ -242,6 +244,7 @@ def _load(view: ManifestView) -> _Manifest:
         differences=_replay_differences(
             changes, view.catalogue(), base=view.change_base(), trimmed_through=trimmed_through
         ),
+        index_differences=_index_differences(view),
     )
 
 
@@ -258,6 +261,22 @@ def _replay_differences(
         for name, rows in expected.items()
         for key in rows.keys() | found[name].keys()
         if rows.get(key) != found[name].get(key)
+    ]
+
+
+def _index_differences(view: ManifestView) -> list[str]:
+    """Where the indexes that collection trusts are not what the rows say."""
+    expected: dict[str, set[bytes]] = {}
+    for record in view.all_databases():
+        rows: list[ChunkRecord | ChunkDeltaRecord] = [*view.chunk_rows(record.db_id)]
+        rows += view.delta_rows(record.db_id)
+        for row in rows:
+            for table, key in index_entries(row):
+                expected.setdefault(table, set()).add(key)
+    return [
+        f"{table}[{key.hex()}] {'is missing' if key in expected.get(table, ()) else 'has no row'}"
+        for table, found in view.derived_indexes().items()
+        for key in found ^ expected.get(table, set())
     ]
 
 
@@ -355,3 +374,5 @@ def _check_changes(seen: _Manifest, notes: _Notes) -> None:
                 break
     for difference in seen.differences:
         notes.add("I14", "change log", difference)
+    for difference in seen.index_differences:
+        notes.add("I8", "index", difference)

@@ -16,15 +16,15 @@ from app.core.stores.manifest.change_log import (
     trim_change_log,
 )
 from app.core.stores.manifest.context import BatchContext
+from app.core.stores.manifest.derived import is_referenced
 from app.core.stores.manifest.errors import (
     CorruptRow,
-    KeyDoomed,
     LeaseConflict,
     LeaseLost,
     MissingRow,
     RowExists,
-    WrongState,
 )
+from app.core.stores.manifest.gc_queue import claim_blob, doom, forget, retire
 from app.core.stores.manifest.ops import (
     AckCursor,
     AcquireLease,
@@ -61,9 +61,6 @@ from app.core.stores.manifest.records import (
 from app.core.stores.manifest.rows import StagedRows
 from app.core.stores.manifest.tables import (
     DATABASE_IDS,
-    GC_KEYS,
-    GC_QUEUE,
-    GC_SEQUENCE,
     IDEMPOTENCY,
     JOBS,
     JOBS_PENDING,
@@ -74,9 +71,7 @@ from app.core.stores.manifest.tables import (
     REMEMBERED,
     SCHEMA,
     TENANTS,
-    blob_key,
     chunk_prefix,
-    gc_row_key,
     job_lease_key,
     job_lease_prefix,
     meta_key,
@@ -143,18 +138,24 @@ def apply_bookkeeping(  # noqa: C901 - a case per op
         case DeleteIdempotency():
             rows.delete(IDEMPOTENCY, op.scope_hash)
         case RetireBlob():
-            _retire(rows, op)
+            if not is_referenced(rows, op.blob.key):
+                retire(
+                    rows,
+                    GcRecord(
+                        key=op.blob.key,
+                        bytes=op.blob.bytes,
+                        db_id=op.db_id,
+                        eligible_at_us=op.eligible_at_us,
+                        sequence=0,
+                        reason=op.reason,
+                    ),
+                )
         case UnretireBlob():
             claim_blob(rows, op.key)
         case DoomBlob():
-            position, row = _require_retired(rows, op.key)
-            rows.put(GC_QUEUE, position, replace(row, doomed=True))
+            return doom(rows, op.key, eligible_at_us=op.eligible_at_us)
         case ForgetBlob():
-            position, row = _require_retired(rows, op.key)
-            if not row.doomed:
-                raise WrongState("A blob is doomed before it is forgotten.", key=op.key)
-            rows.delete(GC_QUEUE, position)
-            rows.delete(GC_KEYS, blob_key(op.key))
+            forget(rows, op.key)
         case TakeDatabaseId():
             return count_up(rows, DATABASE_IDS)
         case PutTenant(row=tenant):
@@ -302,56 +303,3 @@ def _renew(rows: StagedRows, op: RenewLeases, context: BatchContext) -> int:
 def _drop_lease(rows: StagedRows, lease: LeaseRecord) -> None:
     rows.delete(LEASES, chunk_prefix(lease.db_id, lease.chunk_id))
     rows.delete(LEASES_BY_JOB, job_lease_key(lease.job_id, lease.db_id, lease.chunk_id))
-
-
-# --- collection
-
-
-def is_doomed(rows: StagedRows, key: str) -> bool:
-    position = rows.get(GC_KEYS, blob_key(key))
-    if position is None:
-        return False
-    row = rows.get(GC_QUEUE, position)
-    return row is not None and row.doomed
-
-
-def claim_blob(rows: StagedRows, key: str) -> None:
-    """A row names the key: a retired one leaves the queue, a doomed one is refused (I8)."""
-    index = blob_key(key)
-    position = rows.get(GC_KEYS, index)
-    if position is None:
-        return
-    row = rows.get(GC_QUEUE, position)
-    if row is not None and row.doomed:
-        raise KeyDoomed(key=key)
-    rows.delete(GC_QUEUE, position)
-    rows.delete(GC_KEYS, index)
-
-
-def _retire(rows: StagedRows, op: RetireBlob) -> None:
-    index = blob_key(op.blob.key)
-    if rows.get(GC_KEYS, index) is not None:
-        return
-    sequence = count_up(rows, GC_SEQUENCE)
-    position = gc_row_key(op.eligible_at_us, sequence)
-    rows.put(
-        GC_QUEUE,
-        position,
-        GcRecord(
-            key=op.blob.key,
-            bytes=op.blob.bytes,
-            db_id=op.db_id,
-            eligible_at_us=op.eligible_at_us,
-            sequence=sequence,
-            reason=op.reason,
-        ),
-    )
-    rows.put(GC_KEYS, index, position)
-
-
-def _require_retired(rows: StagedRows, key: str) -> tuple[bytes, GcRecord]:
-    position = rows.get(GC_KEYS, blob_key(key))
-    row = None if position is None else rows.get(GC_QUEUE, position)
-    if position is None or row is None:
-        raise MissingRow("The blob is not retired.", key=key)
-    return position, row

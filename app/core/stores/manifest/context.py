@@ -13,3 +13,5 @@ class BatchContext:
     now_us: int
     """For people: wall time never decides safety (I16)."""
     now_monotonic: float
+    gc_grace_us: int = 0
+    """Between a blob's doom and its deletion."""

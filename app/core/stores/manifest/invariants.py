@@ -30,8 +30,14 @@ def check_invariants(rows: StagedRows) -> None:
             _check_chunk_neighbours(rows, key, chunk)
             if database is not None and database.engine == "append_only":
                 _check_record_ranges(rows, key, chunk)
-    for delta in rows.touched(DELTAS).values():
-        if delta is not None:
+        elif (gone := rows.original(CHUNKS, key)) is not None:
+            _check_unneeded(rows, gone)
+            _check_no_encoding(rows, gone)
+    for key, delta in rows.touched(DELTAS).items():
+        if delta is None:
+            if (gone_delta := rows.original(DELTAS, key)) is not None:
+                _check_unneeded(rows, gone_delta)
+        else:
             _check_validity(delta, rows.get(DATABASES, number_key(delta.db_id)))
 
 
@@ -67,6 +73,31 @@ def _check_validity(row: ChunkRecord | ChunkDeltaRecord, database: DatabaseRecor
         raise _row_violation(
             "A row of a generation that this batch does not publish.", row, newest=newest
         )
+
+
+def _check_unneeded(rows: StagedRows, gone: ChunkRecord | ChunkDeltaRecord) -> None:
+    """No retained generation has a row that goes (I8)."""
+    database = rows.get(DATABASES, number_key(gone.db_id))
+    if database is None or database.state == "tombstoned":
+        return
+    before_it = generation_key(gone.db_id, gone.generation - 1)
+    for _, retained in rows.above(GENERATIONS, before_it, number_key(gone.db_id)):
+        if gone.superseded_at is None or retained.generation < gone.superseded_at:
+            raise _row_violation(
+                "A row of a retained generation goes.", gone, retained=retained.generation
+            )
+        break
+
+
+def _check_no_encoding(rows: StagedRows, gone: ChunkRecord) -> None:
+    """No delta of the chunk is encoded against a base that goes (I8)."""
+    if gone.blob is None:
+        return
+    for _, delta in rows.scan(DELTAS, chunk_prefix(gone.db_id, gone.chunk_id)):
+        if delta.base_key == gone.blob.key:
+            raise _row_violation(
+                "A base goes that a delta is encoded against.", gone, delta=delta.generation
+            )
 
 
 def _check_chunk_neighbours(rows: StagedRows, key: bytes, chunk: ChunkRecord) -> None:

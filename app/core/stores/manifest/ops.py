@@ -382,7 +382,9 @@ class DeleteIdempotency(Op, frozen=True, kw_only=True, tag=True):
 
 
 class RetireBlob(Op, frozen=True, kw_only=True, tag=True):
-    """Queues a blob for collection; retiring the same key again changes nothing."""
+    """Queues a blob for collection; retiring the same key again changes nothing. One that a row
+    names is left alone: it is retired by the commit in which its last row goes.
+    """
 
     blob: BlobRef
     db_id: int
@@ -397,9 +399,13 @@ class UnretireBlob(Op, frozen=True, kw_only=True, tag=True):
 
 
 class DoomBlob(Op, frozen=True, kw_only=True, tag=True):
-    """From this commit on no publication may name the key (I8). Refused unless it is retired."""
+    """From this commit on no publication may name the key (I8). Refused unless it is retired.
+    Result: false, and out of the queue, if a row names it.
+    """
 
     key: str
+    eligible_at_us: int | None = None
+    """When it may be deleted; None: when it became eligible to be doomed."""
 
 
 class ForgetBlob(Op, frozen=True, kw_only=True, tag=True):

@@ -2,7 +2,7 @@
 
 from typing import TypeAlias, assert_never
 
-from app.core.stores.manifest.apply_bookkeeping import is_doomed, is_live, leases_of
+from app.core.stores.manifest.apply_bookkeeping import is_live, leases_of
 from app.core.stores.manifest.apply_catalogue import require_database
 from app.core.stores.manifest.context import BatchContext
 from app.core.stores.manifest.errors import (
@@ -17,6 +17,7 @@ from app.core.stores.manifest.errors import (
     RunSuperseded,
     WrongState,
 )
+from app.core.stores.manifest.gc_queue import is_doomed
 from app.core.stores.manifest.ops import (
     ExpectEpoch,
     ExpectGeneration,

@@ -67,6 +67,7 @@ class ManifestStore:
         on_fatal: Callable[[FatalError], None],
         read_age_max_seconds: float,
         waiting_batches_max: int,
+        gc_grace_seconds: float,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._environment = environment
@@ -89,6 +90,7 @@ class ManifestStore:
             on_failure=self._fail,
             on_changed=self._tell_changed,
             waiting_batches_max=waiting_batches_max,
+            gc_grace_seconds=gc_grace_seconds,
         )
         self._closed = False
         self._waiting_for_change: set[asyncio.Future[None]] = set()
@@ -108,6 +110,7 @@ class ManifestStore:
         randomness: Randomness | None = None,
         read_age_max_seconds: float = READ_AGE_MAX_SECONDS,
         waiting_batches_max: int = WAITING_BATCHES_MAX,
+        gc_grace_seconds: float = 0.0,
     ) -> Self:
         """Opens or makes the manifest in the directory `path` and brings its schema up to date.
 
@@ -142,6 +145,7 @@ class ManifestStore:
             on_fatal=on_fatal,
             read_age_max_seconds=read_age_max_seconds,
             waiting_batches_max=waiting_batches_max,
+            gc_grace_seconds=gc_grace_seconds,
         )
         store._writer.start()
         return store

@@ -6,7 +6,7 @@ pure. Index tables hold no facts of their own; the ops that write a row keep its
 
 import hashlib
 from struct import Struct
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from app.core.stores.manifest.encoding import AppendsCodec, BytesCodec, Codec, RecordCodec
 from app.core.stores.manifest.records import (
@@ -37,6 +37,8 @@ _u64 = Struct(">Q").pack
 _two = Struct(">QQ").pack
 _three = Struct(">QQQ").pack
 _unpack_u64 = Struct(">Q").unpack
+_superseded = Struct(">QQQQB")
+_reference = Struct(">16scQQQ")
 
 
 class Table(Generic[V]):
@@ -77,6 +79,8 @@ LEASES = Table("chunk_leases", RecordCodec(LeaseRecord))
 LEASES_BY_JOB: Table[bytes] = Table("chunk_lease_job_index", BytesCodec())
 GC_QUEUE = Table("gc_queue", RecordCodec(GcRecord))
 GC_KEYS: Table[bytes] = Table("gc_key_index", BytesCodec())
+BLOB_REFERENCES: Table[bytes] = Table("blob_reference_index", BytesCodec())
+SUPERSEDED: Table[bytes] = Table("superseded_index", BytesCodec())
 APPROVALS: Table[bytes] = Table("approvals", BytesCodec())
 AUDIT_LOG: Table[bytes] = Table("audit_log", BytesCodec())
 VERIFICATION: Table[bytes] = Table("verification", BytesCodec())
@@ -104,6 +108,8 @@ TABLES: tuple[Table[Any], ...] = (
     LEASES_BY_JOB,
     GC_QUEUE,
     GC_KEYS,
+    BLOB_REFERENCES,
+    SUPERSEDED,
     APPROVALS,
     AUDIT_LOG,
     VERIFICATION,
@@ -120,6 +126,9 @@ CATALOGUE_TABLES: tuple[Table[Any], ...] = (
     FORKS,
 )
 """What replaying the change log gives (I14)."""
+
+DERIVED_INDEXES: tuple[Table[bytes], ...] = (BLOB_REFERENCES, SUPERSEDED)
+"""What follows from the rows of chunks and deltas (`derived.py`)."""
 
 # --- keys of `schema`
 
@@ -231,3 +240,46 @@ def cursor_key(principal: str, name: str) -> bytes:
 def cursor_prefix(principal: str) -> bytes:
     """Principals may have any name of any length."""
     return hashlib.sha256(principal.encode()).digest()
+
+
+NameKind = Literal["chunk", "delta", "base"]
+"""How a row names a blob: as a chunk's, as a delta's, or as what a delta is encoded against."""
+_KIND_BYTES: dict[NameKind, bytes] = {"chunk": b"c", "delta": b"d", "base": b"b"}
+_KINDS: dict[bytes, NameKind] = {raw: kind for kind, raw in _KIND_BYTES.items()}
+
+
+class BlobReference(NamedTuple):
+    kind: NameKind
+    db_id: int
+    chunk_id: int
+    generation: int
+
+
+def blob_reference_prefix(key: str) -> bytes:
+    """Two keys with one digest would keep each other: an error on the safe side."""
+    return hashlib.sha256(key.encode()).digest()[:16]
+
+
+def blob_reference_key(
+    key: str, kind: NameKind, db_id: int, chunk_id: int, generation: int
+) -> bytes:
+    return _reference.pack(
+        blob_reference_prefix(key), _KIND_BYTES[kind], db_id, chunk_id, generation
+    )
+
+
+def blob_reference_of(raw: bytes) -> BlobReference:
+    _, kind, db_id, chunk_id, generation = _reference.unpack(raw)
+    return BlobReference(_KINDS[kind], db_id, chunk_id, generation)
+
+
+def superseded_key(
+    db_id: int, superseded_at: int, chunk_id: int, generation: int, *, is_delta: bool
+) -> bytes:
+    return _superseded.pack(db_id, superseded_at, chunk_id, generation, is_delta)
+
+
+def superseded_chunk(raw: bytes) -> tuple[int, int]:
+    """The generation in which the row ended, and its chunk."""
+    _, superseded_at, chunk_id, _, _ = _superseded.unpack(raw)
+    return superseded_at, chunk_id

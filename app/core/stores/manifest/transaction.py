@@ -8,9 +8,11 @@ from typing import Any, cast
 import msgspec
 
 from app.core.base.errors import InvariantViolation
-from app.core.stores.manifest.apply_bookkeeping import apply_bookkeeping, claim_blob, count_up
+from app.core.stores.manifest.apply_bookkeeping import apply_bookkeeping, count_up
 from app.core.stores.manifest.apply_catalogue import apply_catalogue
 from app.core.stores.manifest.context import BatchContext
+from app.core.stores.manifest.derived import follow_rows
+from app.core.stores.manifest.gc_queue import claim_blob
 from app.core.stores.manifest.invariants import check_invariants
 from app.core.stores.manifest.ops import (
     CATALOGUE_OPS,
@@ -61,6 +63,7 @@ def apply_batch(rows: StagedRows, batch: ManifestBatch, context: BatchContext) -
         else:
             results.append(apply_bookkeeping(rows, cast("BookkeepingOp", op), context))
     sequence = _log_change(rows, batch, logged, context) if logged else None
+    follow_rows(rows, context)
     check_invariants(rows)
     return Receipt(sequence=sequence, results=tuple(results))
 

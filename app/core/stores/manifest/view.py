@@ -39,6 +39,7 @@ from app.core.stores.manifest.records import (
 )
 from app.core.stores.manifest.rows import CommittedRows
 from app.core.stores.manifest.tables import (
+    BLOB_REFERENCES,
     CATALOGUE_TABLES,
     CHANGE_BASE,
     CHANGE_BASE_SEQUENCE,
@@ -49,6 +50,7 @@ from app.core.stores.manifest.tables import (
     DATABASE_NAMES,
     DATABASES,
     DELTAS,
+    DERIVED_INDEXES,
     FORKS,
     GC_KEYS,
     GC_QUEUE,
@@ -63,11 +65,15 @@ from app.core.stores.manifest.tables import (
     SCHEMA,
     SEGMENTS,
     SNAPSHOTS,
+    SUPERSEDED,
     TABLES,
     TENANTS,
+    BlobReference,
     Table,
     base_prefix,
     blob_key,
+    blob_reference_of,
+    blob_reference_prefix,
     chunk_prefix,
     cursor_key,
     cursor_prefix,
@@ -79,6 +85,7 @@ from app.core.stores.manifest.tables import (
     number_of,
     pending_prefix,
     snapshot_key,
+    superseded_chunk,
 )
 
 V = TypeVar("V")
@@ -330,6 +337,29 @@ class ManifestView:
     def is_doomed(self, key: str) -> bool:
         row = self.gc_row(key)
         return row is not None and row.doomed
+
+    def blob_references(self, key: str) -> list[BlobReference]:
+        """The rows that name the blob."""
+        with self._access as rows:
+            found = rows.scan_keys(BLOB_REFERENCES, blob_reference_prefix(key))
+            return [blob_reference_of(raw) for raw in found]
+
+    def superseded_chunks(self, db_id: int, *, behind: int, through: int | None) -> list[int]:
+        """The chunks with a row that ended in a generation in (`behind`, `through`]."""
+        start = generation_key(db_id, behind + 1)
+        chunks: dict[int, None] = {}
+        with self._access as rows:
+            for raw, _ in rows.scan(SUPERSEDED, number_key(db_id), start=start):
+                superseded_at, chunk_id = superseded_chunk(raw)
+                if through is not None and superseded_at > through:
+                    break
+                chunks[chunk_id] = None
+        return list(chunks)
+
+    def derived_indexes(self) -> dict[str, set[bytes]]:
+        """By table: for fsck."""
+        with self._access as rows:
+            return {table.name: set(rows.scan_keys(table)) for table in DERIVED_INDEXES}
 
     def change_log(self, after_sequence: int = 0, *, limit: int = 1000) -> list[ChangeRecord]:
         return self._some(CHANGE_LOG, start=number_key(after_sequence + 1), limit=limit)

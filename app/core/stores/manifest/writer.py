@@ -74,6 +74,7 @@ class ManifestWriter:
         on_failure: Callable[[StorageFailure], None],
         on_changed: Callable[[], None] = lambda: None,
         waiting_batches_max: int = WAITING_BATCHES_MAX,
+        gc_grace_seconds: float = 0.0,
     ) -> None:
         self._environment = environment
         self._clock = clock
@@ -83,6 +84,7 @@ class ManifestWriter:
         self._on_failure = on_failure
         self._on_changed = on_changed
         self._waiting_batches_max = waiting_batches_max
+        self._gc_grace_us = int(gc_grace_seconds * 1_000_000)
         self._queue: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closing = False
@@ -235,6 +237,7 @@ class ManifestWriter:
             epoch=self.epoch,
             now_us=wall_us(self._clock),
             now_monotonic=self._clock.monotonic(),
+            gc_grace_us=self._gc_grace_us,
         )
 
     def _fail(self, group: list[Waiting], error: BaseException) -> None:

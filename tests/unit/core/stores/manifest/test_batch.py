@@ -123,7 +123,9 @@ async def test_chunk_delta_upsert_delete(store: ManifestStore) -> None:
         assert [row.generation for row in view.delta_view(db_id, 2)] == [2]
         assert [row.superseded_at for row in view.delta_rows_of(db_id, 0)] == [3]
     gone = ops.DeleteChunkDelta(db_id=db_id, chunk_id=0, generation=2)
-    await store.commit(batch(gone))
+    with pytest.raises(InvariantViolation, match="retained"):
+        await store.commit(batch(gone))
+    await store.commit(batch(ops.DeleteGeneration(db_id=db_id, generation=2), gone))
     with store.read() as view:
         assert view.delta_rows(db_id) == []
     with pytest.raises(MissingRow):
@@ -153,7 +155,10 @@ async def test_chunk_supersede_delete_and_drop(store: ManifestStore) -> None:
         assert [row.chunk_id for row in view.chunk_view(db_id, 2)] == [1]
         assert len(view.chunk_rows(db_id)) == 3
         assert [row.generation for row in view.chunk_rows_of(db_id, 0)] == [1, 2]
-    await store.commit(batch(ops.DeleteChunk(db_id=db_id, chunk_id=0, generation=1)))
+    gone = ops.DeleteChunk(db_id=db_id, chunk_id=0, generation=1)
+    with pytest.raises(InvariantViolation, match="retained"):
+        await store.commit(batch(gone))
+    await store.commit(batch(ops.DeleteGeneration(db_id=db_id, generation=1), gone))
     with store.read() as view:
         assert [row.generation for row in view.chunk_rows_of(db_id, 0)] == [2]
         assert view.chunk_rows(other) == [chunk(other)]

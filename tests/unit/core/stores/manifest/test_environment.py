@@ -92,8 +92,8 @@ def failing(transaction: MigrationTransaction) -> None:
     raise RuntimeError("no")
 
 
-RENAME = MigrationStep(number=2, name="rename", apply=renaming)
-FAIL = MigrationStep(number=3, name="fail", apply=failing)
+RENAME = MigrationStep(number=91, name="rename", apply=renaming)
+FAIL = MigrationStep(number=92, name="fail", apply=failing)
 
 
 async def test_pending_steps_run_once_after_a_backup(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ async def test_pending_steps_run_once_after_a_backup(tmp_path: Path) -> None:
             assert (view.meta("old"), view.meta("new")) == (None, b"kept")
         await store.aclose()
     assert seen == ["manifest.migrated", "manifest.backed_up", "manifest.migrated"]
-    (backup,) = fnmatch.filter(names(tmp_path), "manifest-before-0002-*")
+    (backup,) = fnmatch.filter(names(tmp_path), "manifest-before-0091-*")
     store = await open_store(tmp_path / backup)
     with store.read() as view:
         assert view.meta("old") == b"kept"
@@ -127,7 +127,7 @@ async def test_steps_run_whole_or_not_at_all(tmp_path: Path) -> None:
     store = await open_store(tmp_path / "manifest")
     await store.commit(batch(ops.PutMeta(name="old", value=b"kept")))
     await store.aclose()
-    with pytest.raises(StartRefused, match="0003"):
+    with pytest.raises(StartRefused, match="0092"):
         await open_store(tmp_path / "manifest", migrations=[*load_steps(), RENAME, FAIL])
     store = await open_store(tmp_path / "manifest")
     with store.read() as view:
@@ -143,7 +143,7 @@ async def test_a_manifest_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatFromFuture, match="rename"):
         await open_store(tmp_path / "manifest")
     assert (tmp_path / "manifest" / "data.mdb").read_bytes() == before
-    other = MigrationStep(number=2, name="other", apply=renaming)
+    other = MigrationStep(number=91, name="other", apply=renaming)
     with pytest.raises(FormatFromFuture, match="rename"):
         await open_store(tmp_path / "manifest", migrations=[*load_steps(), other])
 
@@ -154,7 +154,10 @@ async def test_numbers_are_unique(tmp_path: Path) -> None:
 
 
 def test_steps_are_loaded_in_order() -> None:
-    assert [(step.number, step.name) for step in load_steps()] == [(1, "initial")]
+    assert [(step.number, step.name) for step in load_steps()] == [
+        (1, "initial"),
+        (2, "blob_references"),
+    ]
 
 
 async def test_a_backup_opens_and_equals(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from app.core.base.errors import InvariantViolation
 from app.core.stores.manifest import ops
+from app.core.stores.manifest.derived import index_entries
 from app.core.stores.manifest.errors import BatchRefused
 from app.core.stores.manifest.records import Retention
 from app.core.stores.manifest.replay import replay
 from app.core.stores.manifest.store import ManifestStore
+from app.core.stores.manifest.tables import DERIVED_INDEXES
 from app.core.stores.manifest.view import ManifestView
 from tests.unit.core.stores.manifest.builders import (
     batch,
@@ -97,6 +99,16 @@ def publication(view: ManifestView, db_id: int, chunk_id: int, as_delta: bool) -
     ]
 
 
+def indexes_of(view: ManifestView) -> dict[str, set[bytes]]:
+    """What the rows say that the derived indexes hold."""
+    expected: dict[str, set[bytes]] = {table.name: set() for table in DERIVED_INDEXES}
+    for database in view.all_databases():
+        for row in view.chunk_rows(database.db_id) + view.delta_rows(database.db_id):
+            for table, key in index_entries(row):
+                expected[table].add(key)
+    return expected
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps=steps)
 def test_replay_gives_the_tables(steps: list[list[ops.Op] | tuple[int, int, bool]]) -> None:
@@ -121,6 +133,7 @@ def test_replay_gives_the_tables(steps: list[list[ops.Op] | tuple[int, int, bool
                 assert [change.sequence for change in changes] == list(
                     range(view.trimmed_through() + 1, view.last_sequence() + 1)
                 )
+                assert view.derived_indexes() == indexes_of(view)
                 base, behind = view.change_base(), view.trimmed_through()
                 assert replay(changes, base=base, behind=behind) == view.catalogue()
             note(f"{committed} committed")
