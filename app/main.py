@@ -26,6 +26,7 @@ from app.observability.metrics import Metrics
 from app.routers import (
     changes,
     checkpoints,
+    cold_scans,
     databases,
     debug,
     health,
@@ -56,6 +57,7 @@ ROUTERS = (
     image_upload,
     databases,
     checkpoints,
+    cold_scans,
     jobs,
     history,
     changes,
@@ -150,6 +152,7 @@ def gauges_of(container: Container, desk: Desk) -> dict[str, Callable[[], float]
         "storage_quota_used_bytes": gauges.quota_used_bytes,
         "hot_cache_bytes": gauges.hot_cache_bytes,
         "page_cache_bytes": gauges.page_cache_bytes,
+        "cold_scans_active": gauges.cold_scans,
         "body_memory_bytes": lambda: desk.memory.used_bytes,
         "service_ready": lambda: desk.readiness().status == "ready",
         "service_degraded": lambda: len(desk.readiness().degraded),

@@ -89,6 +89,15 @@ class Settings(BaseSettings):
     body_memory_bytes: int = Field(default=64 * MIB, ge=1 * MIB)
     """All request bodies held in memory at once; what does not fit is spooled to a file."""
 
+    # --- cold scans
+    cold_scan_bytes_per_second: int = Field(default=500_000_000, ge=0)
+    """What all scans of a tenant together read from the remote store; 0: as much as it gives."""
+    cold_scan_requests: int = Field(default=8, ge=1)
+    """A tenant's scans' requests to the remote store at once; all scans together take at most half
+    of `remote_concurrency`."""
+    cold_scan_pause_seconds: float = Field(default=0.1, gt=0)
+    """Scans pause while the 99th percentile of foreground page fetches is above it."""
+
     # --- limits of requests
     max_append_bytes: int = Field(default=64 * MIB, ge=1)
     max_wal_bytes: int = Field(default=1 * GIB, ge=1)

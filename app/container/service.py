@@ -7,6 +7,7 @@ from typing import Literal
 from app.core.base.events import Events, Level
 from app.core.services.change_feed import ChangeFeed
 from app.core.services.checkpoints import Checkpoints
+from app.core.services.cold_scans import ColdScans
 from app.core.services.databases import Databases
 from app.core.services.debugging import Debugging
 from app.core.services.history import History
@@ -30,6 +31,7 @@ class Services:
     pages: Pages
     images: Images
     checkpoints: Checkpoints
+    cold_scans: ColdScans
     jobs: Jobs
     history: History
     change_feed: ChangeFeed
@@ -53,6 +55,7 @@ class Gauges:
     quota_used_bytes: Callable[[], float]
     hot_cache_bytes: Callable[[], float]
     page_cache_bytes: Callable[[], float]
+    cold_scans: Callable[[], float]
 
 
 class RemoteHealth:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from app.container.ground import Ground, OnFatal, open_ground
+from app.container.scans import open_limiter
 from app.container.service import Container, Gauges, Services
 from app.core.base.errors import OwnershipLost, StartRefused
 from app.core.base.events import Events
 from app.core.checkpoint.executor import CheckpointExecutor
 from app.core.checkpoint.parts import CheckpointLimits, CheckpointParts
 from app.core.checkpoint.wal_release import WalRelease
+from app.core.coordination.bandwidth import RemoteReadLimiter
 from app.core.coordination.checkpoint_demand import CheckpointDemand
 from app.core.coordination.limits import load_limits
 from app.core.coordination.quota import StorageQuota
@@ -27,12 +29,14 @@ from app.core.jobs.feed import JobFeed
 from app.core.jobs.handlers.create_checkpoint import CreateCheckpoint
 from app.core.jobs.queue import JobQueue
 from app.core.jobs.runner import JobHandler, JobRunner, RetryPolicy
+from app.core.reads.cold_scan import ColdScanReader
 from app.core.reads.page_cache import PageCache
 from app.core.reads.page_store import PageStore
 from app.core.reads.read_point import GenerationPins
 from app.core.reads.record_reader import RecordReader
 from app.core.services.change_feed import ChangeFeed
 from app.core.services.checkpoints import Checkpoints
+from app.core.services.cold_scans import ColdScans
 from app.core.services.databases import Databases
 from app.core.services.debugging import Debugging
 from app.core.services.directory import DatabaseDirectory
@@ -75,6 +79,8 @@ class _Storage:
     directory: DatabaseDirectory
     page_cache: PageCache
     page_store: PageStore
+    pins: GenerationPins
+    limiter: RemoteReadLimiter
     release: WalRelease
 
 
@@ -231,7 +237,8 @@ async def _open_storage(
     )
     quota.add_reclaimer(hot_cache)
     await quota.trim()
-    page_cache = PageCache(limit_bytes=settings.page_cache_bytes)
+    page_cache, pins = PageCache(limit_bytes=settings.page_cache_bytes), GenerationPins()
+    limiter = await open_limiter(stack, settings, ground, events=events)
     page_store = await stack.enter_async_context(
         PageStore(
             ground.manifest,
@@ -239,7 +246,7 @@ async def _open_storage(
             remote=claim.remote,
             hot_cache=hot_cache,
             cache=page_cache,
-            pins=GenerationPins(),
+            pins=pins,
             pool=ground.pool,
             clock=ground.clock,
             events=events,
@@ -256,6 +263,8 @@ async def _open_storage(
         directory=directory,
         page_cache=page_cache,
         page_store=page_store,
+        pins=pins,
+        limiter=limiter,
         release=WalRelease(ground.manifest, wal, events=events),
     )
 
@@ -386,6 +395,22 @@ def _services(
             randomness=ground.randomness,
             deadline_seconds=settings.job_deadline_seconds,
         ),
+        cold_scans=ColdScans(
+            manifest,
+            directory,
+            states,
+            storage.page_store,
+            ColdScanReader(
+                manifest,
+                storage.directory,
+                pins=storage.pins,
+                pool=ground.pool,
+                clock=clock,
+                events=events,
+            ),
+            storage.limiter,
+            remote=claim.remote,
+        ),
         jobs=Jobs(manifest, work.queue),
         history=History(manifest, directory),
         change_feed=ChangeFeed(manifest),
@@ -407,4 +432,5 @@ def _gauges(storage: _Storage, work: _Work) -> Gauges:
         quota_used_bytes=lambda: storage.quota.snapshot().global_used_bytes,
         hot_cache_bytes=lambda: storage.hot_cache.stats().used_bytes,
         page_cache_bytes=lambda: storage.page_cache.stats().used_bytes,
+        cold_scans=lambda: storage.limiter.active_scans,
     )

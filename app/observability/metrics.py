@@ -29,6 +29,7 @@ READ_MODES = ("normal", "cold")
 _FAST_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5)
 _SLOW_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
 _HTTP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
+_BYTES_PER_SECOND = (1e5, 1e6, 5e6, 1e7, 2.5e7, 5e7, 1e8, 2.5e8, 5e8, 1e9, 2e9)
 _CHAIN = (0, 1, 2, 3, 4, 6, 8, 12)
 _RATIO = (0.5, 0.75, 1, 1.25, 1.5, 2, 3, 5, 10, 25, 50, 100)
 
@@ -53,6 +54,8 @@ class Metrics:
             "page.fetched": self._on_page_fetched,
             "read.served": self._on_page_fetched,
             "remote.requested": self._on_remote_requested,
+            "cold_scan.measured": self._on_cold_scan_measured,
+            "cold_scan.paused": lambda _: self.cold_scan_pauses_total.inc(),
             "manifest.committed": self._on_manifest_committed,
             "manifest.map_full": lambda _: self.manifest_write_errors_total.inc(),
             "manifest.disk_full": lambda _: self.manifest_write_errors_total.inc(),
@@ -139,6 +142,7 @@ class Metrics:
                 ("storage_quota_used_bytes", "Bytes reserved or used on the local disk."),
                 ("hot_cache_bytes", "Bytes of blobs kept on the local disk."),
                 ("page_cache_bytes", "Bytes of pages kept in memory."),
+                ("cold_scans_active", "Cold scans that are open."),
                 ("body_memory_bytes", "Memory that request bodies hold."),
                 ("service_ready", "1 while the service is ready."),
                 ("service_degraded", "Parts that fail while the service goes on."),
@@ -165,6 +169,14 @@ class Metrics:
                 self.remote_requests_total.labels(op, outcome)
         self.remote_bytes_read_total = self._counter(
             "remote_bytes_read_total", "Bytes read from the remote store.", ("mode",), READ_MODES
+        )
+        self.cold_scan_bandwidth_bytes = self._histogram(
+            "cold_scan_bandwidth_bytes",
+            "Bytes a second that a tenant's scans read, second by second.",
+            _BYTES_PER_SECOND,
+        )
+        self.cold_scan_pauses_total = self._counter(
+            "cold_scan_pauses_total", "Times that scans were paused for foreground reads."
         )
         self.remote_bytes_written_total = self._counter(
             "remote_bytes_written_total", "Bytes written to the remote store."
@@ -258,6 +270,10 @@ class Metrics:
             self.remote_bytes_read_total.labels(str(fields.get("mode", "normal"))).inc(read)
         if written := _number(fields.get("bytes_written")):
             self.remote_bytes_written_total.inc(written)
+
+    def _on_cold_scan_measured(self, fields: Fields) -> None:
+        if (rate := _number(fields.get("bytes_per_second"))) is not None:
+            self.cold_scan_bandwidth_bytes.observe(rate)
 
     def _on_manifest_committed(self, fields: Fields) -> None:
         if (seconds := _number(fields.get("seconds"))) is not None:

@@ -164,6 +164,7 @@ class FakeService:
             quota_used_bytes=lambda: 8192.0,
             hot_cache_bytes=lambda: 0.0,
             page_cache_bytes=lambda: 0.0,
+            cold_scans=lambda: 0.0,
         )
 
     # --- the container's part

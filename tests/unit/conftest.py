@@ -4,6 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 import pytest_socket
+from hypothesis import settings
+
+settings.register_profile("unit", deadline=None)  # how fast is no unit test's question
+settings.load_profile("unit")
 
 
 @pytest.fixture(autouse=True)

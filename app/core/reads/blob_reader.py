@@ -17,10 +17,10 @@ from app.core.base.errors import CorruptBlob
 from app.core.base.events import Events
 from app.core.base.tasks import BlockingPool, uninterrupted
 from app.core.formats.damage import Damage
-from app.core.reads.byte_source import RemoteBlob, Tier, read_exactly_blocking
+from app.core.reads.byte_source import RangeReads, RemoteBlob, Tier, read_exactly_blocking
 from app.core.reads.log_reader import REMOTE_READS, BlobCache, CachedBlob
 from app.core.stores.manifest.records import BlobRef
-from app.core.stores.remote.protocol import BlobMissing, RemoteStore
+from app.core.stores.remote.protocol import BlobMissing
 
 SMALL_BLOB_BYTES = 128 * 1024
 """A request costs more time than this many bytes do."""
@@ -35,7 +35,7 @@ class BlobReader:
     def __init__(
         self,
         *,
-        remote: Callable[[], RemoteStore],
+        remote: Callable[[], RangeReads],
         hot_cache: BlobCache,
         pool: BlockingPool,
         clock: Clock,

@@ -6,17 +6,24 @@ descriptor is never closed under it.
 """
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
 from app.core.base.tasks import BlockingPool, uninterrupted
 from app.core.formats.damage import Damage
-from app.core.stores.remote.protocol import RemoteStore
 
 Tier = Literal["wal", "local", "remote"]
 
 PIECE_BYTES = 1024 * 1024
+
+
+class RangeReads(Protocol):
+    """The part of a remote store that reading needs: a RemoteStore, or one that asks first."""
+
+    def get_blob(self, key: str, *, first: int, length: int) -> Awaitable[bytes]: ...
+
+    def iter_blob(self, key: str, *, first: int, length: int) -> AsyncIterator[bytes]: ...
 
 
 class ByteSource(Protocol):
@@ -87,7 +94,7 @@ class RemoteBlob:
 
     tier: Tier = "remote"
 
-    def __init__(self, store: RemoteStore, key: str) -> None:
+    def __init__(self, store: RangeReads, key: str) -> None:
         self._store = store
         self._key = key
 

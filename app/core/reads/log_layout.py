@@ -62,6 +62,10 @@ class LogLayout:
         start = int(self.offsets[window.point])
         return start, self._end(window.stop) - start
 
+    def raw_bytes(self, window: Window) -> int:
+        """Of a window's entries, uncompressed."""
+        return self._end(window.stop) - int(self.offsets[window.point])
+
     def runs(self, window: Window, data: bytes) -> Iterator[memoryview]:
         """A window's whole entries, from the bytes of its stored range. Raises Damage."""
         if self.container is None:

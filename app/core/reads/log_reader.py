@@ -16,11 +16,11 @@ from app.core.base.errors import CorruptBlob, CorruptWal
 from app.core.base.events import Events
 from app.core.base.tasks import BlockingPool
 from app.core.formats.damage import Damage
-from app.core.reads.byte_source import ByteSource, LocalFile, RemoteBlob
+from app.core.reads.byte_source import ByteSource, LocalFile, RangeReads, RemoteBlob
 from app.core.reads.log_layout import LayoutCache, LogLayout, Window, chunk_layout, segment_layout
 from app.core.reads.read_plan import ReadableSegment
 from app.core.stores.manifest.records import BlobRef, ChunkRecord
-from app.core.stores.remote.protocol import BlobMissing, RemoteStore
+from app.core.stores.remote.protocol import BlobMissing
 
 REMOTE_READS = 2
 """Of the same bytes, if the first came damaged: a flip on the way is not one at rest."""
@@ -60,7 +60,7 @@ class LogReader:
     def __init__(
         self,
         *,
-        remote: Callable[[], RemoteStore],
+        remote: Callable[[], RangeReads],
         hot_cache: BlobCache,
         pool: BlockingPool,
         clock: Clock,

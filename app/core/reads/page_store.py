@@ -25,15 +25,15 @@ from app.core.base.events import Events
 from app.core.base.tasks import BlockingPool, TaskScope
 from app.core.formats.sqlite_wal import lock_byte_page
 from app.core.reads.blob_reader import SMALL_BLOB_BYTES, BlobReader
+from app.core.reads.byte_source import RangeReads
 from app.core.reads.delta_chain import NO_LAYER, DeltaChain, Layer, delta_chain
 from app.core.reads.log_reader import BlobCache
-from app.core.reads.page_blobs import OpenPages, PageBlobs, PageTier
+from app.core.reads.page_blobs import DIRECTORIES_BYTES, OpenPages, PageBlobs, PageTier
 from app.core.reads.page_cache import FetchOptions, PageCache, PageKey
 from app.core.reads.read_point import GenerationPins, ReadPoint
 from app.core.reads.wal_pages import PageNos, WalPageReader, WalPages
 from app.core.stores.manifest.records import DatabaseRecord, GenerationRecord
 from app.core.stores.manifest.store import ManifestStore
-from app.core.stores.remote.protocol import RemoteStore
 from app.core.stores.wal.log import WalLog
 from app.core.stores.wal.page_index import CUT_OFF
 
@@ -71,7 +71,7 @@ class PageStore:
         manifest: ManifestStore,
         wal: LogOf,
         *,
-        remote: Callable[[], RemoteStore],
+        remote: Callable[[], RangeReads],
         hot_cache: BlobCache,
         cache: PageCache,
         pins: GenerationPins,
@@ -81,12 +81,15 @@ class PageStore:
         window_bytes: int = WINDOW_BYTES,
         read_ahead_windows: int = READ_AHEAD_WINDOWS,
         small_blob_bytes: int = SMALL_BLOB_BYTES,
+        directories_bytes: int = DIRECTORIES_BYTES,
     ) -> None:
         self._manifest = manifest
         self._wal = wal
         self.cache = cache
         self._pins = pins
         self._pool = pool
+        self._clock = clock
+        self._events = events
         self._window_bytes = window_bytes
         self._read_ahead_windows = read_ahead_windows
         # Whoever waits for a fetch is told of its error; of one nobody waits for, nobody cares.
@@ -102,6 +105,7 @@ class PageStore:
             ),
             cache,
             scope=self._scope,
+            directories_bytes=directories_bytes,
         )
         self._wal_reader = WalPageReader(pool=pool, scope=self._scope, clock=clock, events=events)
         self._chains = _ChainCache(limit_bytes=CHAINS_BYTES)
@@ -208,7 +212,10 @@ class PageStore:
         layer = chain.layer_of(page_no) if page_no <= point.published_page_count else None
         found = None
         if layer is not None:
+            started = self._clock.monotonic()
             found = await self._blobs.read_page(layer, page_no, options)
+            if found is not None and found[1] != "page_cache":
+                self._events.debug("page.read", seconds=self._clock.monotonic() - started)
         if layer is None or found is None:
             return bytes(point.page_size), "page_cache"
         key = PageKey(layer.blob.sha256, page_no)

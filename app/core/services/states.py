@@ -8,7 +8,7 @@ from app.core.reads.image import generation_at
 from app.core.reads.page_store import PageStore
 from app.core.reads.read_point import ReadPoint
 from app.core.services.directory import DatabaseDirectory
-from app.core.stores.manifest.records import GenerationRecord
+from app.core.stores.manifest.records import DatabaseRecord, GenerationRecord
 from app.core.stores.manifest.store import ManifestStore
 
 _RECORDS_AT_ONCE = 1000
@@ -36,7 +36,8 @@ class AtTime:
     time_us: int
 
 
-StateSelector = Newest | AtGeneration | AtSnapshot | AtTime
+PublishedSelector = AtGeneration | AtSnapshot | AtTime
+StateSelector = Newest | PublishedSelector
 
 
 class States:
@@ -52,17 +53,24 @@ class States:
         NotFound, SnapshotNotFound, NoGeneration, CorruptWal.
         """
         database, _ = self._directory.require(tenant, name, "libsql")
+        if isinstance(selector, Newest):
+            return await self._store.point(database.db_id)
+        generation = self.generation_of(database, selector)
+        return await self._store.point(database.db_id, generation=generation)
+
+    def generation_of(self, database: DatabaseRecord, selector: PublishedSelector) -> int:
+        """Which may have expired: reading tells. Raises SnapshotNotFound, GenerationExpired,
+        NoGeneration.
+        """
         match selector:
-            case Newest():
-                return await self._store.point(database.db_id)
             case AtGeneration(generation):
-                return await self._store.point(database.db_id, generation=generation)
+                return generation
             case AtTime(time_us):
-                found = generation_at(self._generations(database.db_id), time_us)
-                return await self._store.point(database.db_id, generation=found.generation)
+                return generation_at(self._generations(database.db_id), time_us).generation
             case AtSnapshot(snapshot):
                 raise SnapshotNotFound(
-                    f"There is no snapshot {snapshot} of {tenant}/{name}.", snapshot=snapshot
+                    f"There is no snapshot {snapshot} of {database.tenant}/{database.name}.",
+                    snapshot=snapshot,
                 )
 
     def _generations(self, db_id: int) -> Iterator[GenerationRecord]:

@@ -1,4 +1,5 @@
-"""Tells of every request as `remote.requested`: op, outcome, seconds, bytes read and written.
+"""Tells of every request as `remote.requested`: op, outcome, seconds, bytes read and written, and
+whether it was made for a scan (`cold`) or for anything else (`normal`).
 
 Concurrency, Cancellation: as the store inside. A cancelled request counts as `cancelled`, an absent
 object and a lost race as `ok`.
@@ -7,11 +8,26 @@ object and a lost race as `ok`.
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Literal
 
 from app.core.base.clock import Clock
 from app.core.base.events import Events
 from app.core.stores.remote.protocol import BlobInfo, BlobMissing, Body, BytesBody, RemoteStore
 from app.core.stores.remote.streams import closing
+
+ReadMode = Literal["normal", "cold"]
+_read_mode: ContextVar[ReadMode] = ContextVar("read_mode", default="normal")
+
+
+@contextlib.contextmanager
+def cold_reads() -> Iterator[None]:
+    """Requests made within count as cold: nothing below needs to know who reads."""
+    token = _read_mode.set("cold")
+    try:
+        yield
+    finally:
+        _read_mode.reset(token)
 
 
 class _Count:
@@ -103,5 +119,6 @@ class Metered(RemoteStore):
                 outcome=outcome,
                 seconds=self._clock.monotonic() - begun,
                 bytes_read=count.read,
+                mode=_read_mode.get(),
                 bytes_written=count.written,
             )
