@@ -24,6 +24,8 @@ from app.observability.http_metrics import HttpMetrics
 from app.observability.logging import log_sink, route_library_logs
 from app.observability.metrics import Metrics
 from app.routers import (
+    approvals,
+    audit,
     changes,
     checkpoints,
     cold_scans,
@@ -62,6 +64,8 @@ ROUTERS = (
     history,
     changes,
     debug,
+    approvals,
+    audit,
     health,
 )
 """In the order they are matched: the busiest first."""

@@ -49,6 +49,11 @@ class Settings(BaseSettings):
     # --- access
     auth_tokens_file: Path | None = None
     admin_approvals: bool = True
+    """A forced lease release takes a second principal."""
+    admin_approval_seconds: float = Field(default=3600.0, gt=0)
+    """How long an act waits for its approval."""
+    audit_log_count: int = Field(default=100_000, ge=1)
+    """Admin actions that are kept to be looked at."""
 
     # --- remote store
     remote_url: str = ""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from app.core.base.events import Events, Level
+from app.core.services.approvals import Approvals
+from app.core.services.audit import Audit
 from app.core.services.change_feed import ChangeFeed
 from app.core.services.checkpoints import Checkpoints
 from app.core.services.cold_scans import ColdScans
@@ -37,6 +39,8 @@ class Services:
     change_feed: ChangeFeed
     debugging: Debugging
     idempotency: Idempotency
+    approvals: Approvals
+    audit: Audit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

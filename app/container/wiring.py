@@ -34,6 +34,8 @@ from app.core.reads.page_cache import PageCache
 from app.core.reads.page_store import PageStore
 from app.core.reads.read_point import GenerationPins
 from app.core.reads.record_reader import RecordReader
+from app.core.services.approvals import Approvals
+from app.core.services.audit import Audit
 from app.core.services.change_feed import ChangeFeed
 from app.core.services.checkpoints import Checkpoints
 from app.core.services.cold_scans import ColdScans
@@ -140,6 +142,7 @@ async def open_container(
                 clock=ground.clock,
                 events=events,
                 jobs_max=settings.job_history_count,
+                audit_max=settings.audit_log_count,
             ),
             ChangeTrim(
                 ground.manifest,
@@ -422,6 +425,16 @@ def _services(
             hot_cache=storage.hot_cache,
         ),
         idempotency=Idempotency(manifest, clock=clock),
+        approvals=Approvals(
+            manifest,
+            directory,
+            clock=clock,
+            randomness=ground.randomness,
+            events=events,
+            needed=settings.admin_approvals,
+            valid_seconds=settings.admin_approval_seconds,
+        ),
+        audit=Audit(manifest, clock=clock, events=events),
     )
 
 

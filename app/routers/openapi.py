@@ -1,11 +1,12 @@
 """The OpenAPI document: problems where they can occur, an example beside every body."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 
 from app.core.base.errors import (
     BopError,
@@ -14,8 +15,6 @@ from app.core.base.errors import (
     NotReady,
     Unauthenticated,
 )
-from app.routers import operations_schemas
-from app.routers import schemas as base_schemas
 from app.routers.problems import MEDIA_TYPE, STATUS, problem_members
 from app.routers.schemas import Problem
 
@@ -105,8 +104,9 @@ def _completed(document: dict[str, Any]) -> dict[str, Any]:
     schemas.update(schemas["Problem"].pop("$defs", {}))
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
+    models = {model.__name__: model for model in _subclasses(BaseModel)}
     for name, schema in schemas.items():
-        model = getattr(base_schemas, name, None) or getattr(operations_schemas, name, None)
+        model = models.get(name)
         if model is not None and (extra := model.model_config.get("json_schema_extra")):
             schema.update(extra)  # FastAPI drops the nulls of examples
     components["securitySchemes"] = {
@@ -120,6 +120,14 @@ def _completed(document: dict[str, Any]) -> dict[str, Any]:
         for operation in path.values():
             _complete_operation(operation, schemas)
     return document
+
+
+def _subclasses(base: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """Those of this package: what its bodies and answers look like."""
+    for model in base.__subclasses__():
+        yield from _subclasses(model)
+        if model.__module__.startswith("app.routers."):
+            yield model
 
 
 def _complete_operation(operation: dict[str, Any], schemas: dict[str, Any]) -> None:

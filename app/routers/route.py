@@ -2,7 +2,7 @@
 
 Invariants: denied by default: a route without a scope cannot be made. I12: a token bound to
 tenants meets 404 wherever the path names another, before the request is looked at further.
-I11: a JSON body is read within its limit.
+I11: a JSON body is read within its limit. What an operator changes is audited.
 
 Concurrency: no state but the route's own. Cancellation, crash: nothing is held.
 """
@@ -15,6 +15,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from app.core.base.errors import UnsupportedMediaType
+from app.routers.auditing import SAFE_METHODS, audited
 from app.routers.auth import OPEN_PATHS, require_path_tenant, require_scope, scopes_of
 from app.routers.bodies import BodyReader
 from app.routers.deps import desk_of
@@ -50,6 +51,8 @@ class ScopedRoute(APIRoute):
         handle = super().get_route_handler()
         if _takes_bare_request(self.endpoint):
             handle = self.endpoint  # FastAPI has nothing to resolve: a third of a small append
+        if "admin" in self.scopes and (self.methods or set()) - SAFE_METHODS:
+            handle = audited(handle, template=self.path)
         if self.body_field is not None:
             handle = _with_json_body(handle)
         if not self.scopes:

@@ -52,6 +52,7 @@ from app.core.stores.manifest.records import (
     LeaseRecord,
 )
 from app.settings import Settings
+from tests.helpers.fake_admin import FakeApprovals, FakeAudit
 
 
 @dataclass
@@ -157,6 +158,8 @@ class FakeService:
             history=_History(self),
             debugging=_Debugging(self),
             idempotency=_Idempotency(self),
+            approvals=FakeApprovals(),
+            audit=FakeAudit(),
         )
         self.gauges = SimpleNamespace(
             queue_depth=lambda: 3.0,

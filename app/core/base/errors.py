@@ -91,6 +91,12 @@ class Forbidden(BopError):
     title = "The token's scopes do not allow this"
 
 
+class SelfApproval(Forbidden):
+    code = "self_approval"
+    title = "Whoever asked cannot approve"
+    hint = "Let another principal approve it; see BOP_ADMIN_APPROVALS."
+
+
 # --- not found --------------------------------------------------------------------------------
 
 
@@ -124,6 +130,18 @@ class CursorNotFound(NotFound):
     code = "cursor_not_found"
     title = "No such cursor"
     hint = "Make it with PUT /change-cursors/{name}."
+
+
+class LeaseNotFound(NotFound):
+    code = "lease_not_found"
+    title = "Nobody holds that lease"
+    hint = "See GET /debug/checkpoint/leases."
+
+
+class ApprovalNotFound(NotFound):
+    code = "approval_not_found"
+    title = "No such approval waits for a decision"
+    hint = "See GET /admin/approvals."
 
 
 # --- conflicts --------------------------------------------------------------------------------

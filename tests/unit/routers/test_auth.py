@@ -1,6 +1,7 @@
 """No route without a scope; no tenant seen by another's token."""
 
 import json
+import re
 
 import pytest
 from fastapi import APIRouter, Request
@@ -18,8 +19,13 @@ DOCUMENTS = {"/openapi.json", "/docs"}
 
 
 def concrete(path: str, tenant: str) -> str:
-    names = {"database": "events", "name": "one", "id": "01JDB4N0Z8Q3V5W7X9Y1A2B301"}
-    return path.format(tenant=tenant, page_no=1, **names)
+    """Whatever else a route's path names gets a value that fits a number and a name alike."""
+    return re.sub(r"\{(\w+)(?::\w+)?\}", lambda found: KNOWN.get(found[1], "1"), path).replace(
+        "TENANT", tenant
+    )
+
+
+KNOWN = {"tenant": "TENANT", "database": "events", "id": "01JDB4N0Z8Q3V5W7X9Y1A2B301"}
 
 
 def routes_of(app):
@@ -99,7 +105,8 @@ async def test_scopes_are_needed_before_anything_is_validated(guarded: Running):
         if route.path in OPEN_PATHS:
             continue
         path = concrete(route.path, "acme")
-        answer = await guarded.client.request(method, path, headers=bearer("admin-only"))
+        token = "reader" if "admin" in route.scopes else "admin-only"
+        answer = await guarded.client.request(method, path, headers=bearer(token))
         assert answer.status_code == 403, path
         if method != "HEAD":
             assert answer.json()["code"] == "forbidden"

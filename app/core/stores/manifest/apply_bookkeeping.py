@@ -115,10 +115,7 @@ def apply_bookkeeping(  # noqa: C901 - a case per op
             for lease in leases_of(rows, op.job_id):
                 _drop_lease(rows, lease)
         case ReleaseLease():
-            lease_or_none = rows.get(LEASES, chunk_prefix(op.db_id, op.chunk_id))
-            if lease_or_none is not None:
-                _drop_lease(rows, lease_or_none)
-            return lease_or_none is not None
+            return _release_by_force(rows, op)
         case DropForeignLeases():
             foreign = [row for _, row in rows.scan(LEASES) if row.process_id != context.process_id]
             for lease in foreign:
@@ -283,7 +280,7 @@ def _acquire(rows: StagedRows, op: AcquireLease, context: BatchContext) -> int:
 
 def _renew(rows: StagedRows, op: RenewLeases, context: BatchContext) -> int:
     leases = leases_of(rows, op.job_id)
-    if len(leases) < op.count_min:
+    if len(leases) < op.count_min and not _is_published(rows, op.job_id):
         raise LeaseLost(job_id=op.job_id, held=len(leases), expected=op.count_min)
     for lease in leases:
         if not is_live(lease, context):
@@ -298,6 +295,26 @@ def _renew(rows: StagedRows, op: RenewLeases, context: BatchContext) -> int:
             ),
         )
     return len(leases)
+
+
+def _is_published(rows: StagedRows, job_id: str) -> bool:
+    """Its publication released its leases: a renewal that comes later has missed nothing."""
+    job = rows.get(JOBS, job_id.encode())
+    return job is not None and job.published_generation is not None
+
+
+def _release_by_force(rows: StagedRows, op: ReleaseLease) -> bool:
+    """The holder is fenced (I6): its publication finds its lease gone, and whoever takes the chunk
+    next has a token above all that were given out.
+    """
+    held = rows.get(LEASES, chunk_prefix(op.db_id, op.chunk_id))
+    if op.token is not None and (held is None or held.token != op.token):
+        raise MissingRow("That lease is not held any more.", db_id=op.db_id, chunk_id=op.chunk_id)
+    if held is None:
+        return False
+    count_up(rows, LEASE_TOKENS)
+    _drop_lease(rows, held)
+    return True
 
 
 def _drop_lease(rows: StagedRows, lease: LeaseRecord) -> None:

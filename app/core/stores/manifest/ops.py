@@ -8,6 +8,12 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import msgspec
 
+from app.core.stores.manifest.admin_records import (
+    ApprovalRecord,
+    ApprovalState,
+    AuditOutcome,
+    AuditRecord,
+)
 from app.core.stores.manifest.records import (
     BlobRef,
     ChunkDeltaRecord,
@@ -348,10 +354,13 @@ class ReapLeases(Op, frozen=True, kw_only=True, tag=True):
 
 
 class ReleaseLease(Op, frozen=True, kw_only=True, tag=True):
-    """Releases one chunk's lease, whoever holds it (an operator's act). Result: it was held."""
+    """Releases one chunk's lease, whoever holds it (an operator's act), and counts the fencing
+    token up. Result: it was held. With `token`, refused (`MissingRow`) unless that is held.
+    """
 
     db_id: int
     chunk_id: int
+    token: int | None = None
 
 
 class EnqueueJob(Op, frozen=True, kw_only=True, tag=True):
@@ -465,6 +474,47 @@ class TrimChangeLog(Op, frozen=True, kw_only=True, tag=True):
     lag_count_max: int
     """A cursor further behind than this is left behind."""
 
+
+class PutApproval(Op, frozen=True, kw_only=True, tag=True):
+    row: ApprovalRecord
+
+
+class DecideApproval(Op, frozen=True, kw_only=True, tag=True):
+    """Refused (`WrongState`) unless it is pending."""
+
+    approval_id: str
+    state: ApprovalState
+    decided_by: str
+    decided_at_us: int
+
+
+class DeleteApproval(Op, frozen=True, kw_only=True, tag=True):
+    approval_id: str
+
+
+class AppendAudit(Op, frozen=True, kw_only=True, tag=True):
+    """Result: the entry's sequence, which the row itself need not know."""
+
+    row: AuditRecord
+
+
+class SettleAudit(Op, frozen=True, kw_only=True, tag=True):
+    sequence: int
+    outcome: AuditOutcome
+    status: int | None
+    code: str | None
+    answer: str
+    ended_at_us: int
+
+
+class DeleteAudit(Op, frozen=True, kw_only=True, tag=True):
+    sequence: int
+
+
+AdminOp: TypeAlias = (
+    PutApproval | DecideApproval | DeleteApproval | AppendAudit | SettleAudit | DeleteAudit
+)
+ADMIN_OPS: tuple[type[Op], ...] = get_args(AdminOp)
 
 BookkeepingOp: TypeAlias = (
     PutCursor

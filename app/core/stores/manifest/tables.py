@@ -8,6 +8,7 @@ import hashlib
 from struct import Struct
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
+from app.core.stores.manifest.admin_records import ApprovalRecord, AuditRecord
 from app.core.stores.manifest.encoding import AppendsCodec, BytesCodec, Codec, RecordCodec
 from app.core.stores.manifest.records import (
     ChangeRecord,
@@ -81,8 +82,8 @@ GC_QUEUE = Table("gc_queue", RecordCodec(GcRecord))
 GC_KEYS: Table[bytes] = Table("gc_key_index", BytesCodec())
 BLOB_REFERENCES: Table[bytes] = Table("blob_reference_index", BytesCodec())
 SUPERSEDED: Table[bytes] = Table("superseded_index", BytesCodec())
-APPROVALS: Table[bytes] = Table("approvals", BytesCodec())
-AUDIT_LOG: Table[bytes] = Table("audit_log", BytesCodec())
+APPROVALS = Table("approvals", RecordCodec(ApprovalRecord))
+AUDIT_LOG = Table("audit_log", RecordCodec(AuditRecord))
 VERIFICATION: Table[bytes] = Table("verification", BytesCodec())
 
 TABLES: tuple[Table[Any], ...] = (
@@ -138,6 +139,7 @@ CHANGE_BASE_SEQUENCE = b"counter/change_base_sequence"
 DATABASE_IDS = b"counter/database_id"
 LEASE_TOKENS = b"counter/lease_token"
 GC_SEQUENCE = b"counter/gc_sequence"
+AUDIT_SEQUENCE = b"counter/audit_sequence"
 META_PREFIX = b"meta/"
 LEDGER_PREFIX = b"migration/"
 
@@ -154,7 +156,7 @@ def ledger_key(number: int) -> bytes:
 
 
 def number_key(number: int) -> bytes:
-    """`databases`, `change_log`."""
+    """`databases`, `change_log`, `audit_log`."""
     return _u64(number)
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import msgspec
 
 from app.core.base.errors import InvariantViolation
+from app.core.stores.manifest.apply_admin import apply_admin
 from app.core.stores.manifest.apply_bookkeeping import apply_bookkeeping, count_up
 from app.core.stores.manifest.apply_catalogue import apply_catalogue
 from app.core.stores.manifest.context import BatchContext
@@ -15,7 +16,9 @@ from app.core.stores.manifest.derived import follow_rows
 from app.core.stores.manifest.gc_queue import claim_blob
 from app.core.stores.manifest.invariants import check_invariants
 from app.core.stores.manifest.ops import (
+    ADMIN_OPS,
     CATALOGUE_OPS,
+    AdminOp,
     BookkeepingOp,
     CatalogueOp,
     CreateDatabase,
@@ -45,6 +48,7 @@ from app.core.stores.manifest.tables import (
 )
 
 _catalogue_kinds: frozenset[type[Op]] = frozenset(CATALOGUE_OPS)
+_admin_kinds: frozenset[type[Op]] = frozenset(ADMIN_OPS)
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -60,6 +64,8 @@ def apply_batch(rows: StagedRows, batch: ManifestBatch, context: BatchContext) -
             apply_catalogue(rows, effect)
             logged.append(effect)
             results.append(result)
+        elif type(op) in _admin_kinds:
+            results.append(apply_admin(rows, cast("AdminOp", op)))
         else:
             results.append(apply_bookkeeping(rows, cast("BookkeepingOp", op), context))
     sequence = _log_change(rows, batch, logged, context) if logged else None

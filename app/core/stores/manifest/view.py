@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any, TypeVar
 
+from app.core.stores.manifest.admin_records import ApprovalRecord, AuditRecord
 from app.core.stores.manifest.lineage import (
     ChunkRows,
     chunk_rows,
@@ -39,6 +40,8 @@ from app.core.stores.manifest.records import (
 )
 from app.core.stores.manifest.rows import CommittedRows
 from app.core.stores.manifest.tables import (
+    APPROVALS,
+    AUDIT_LOG,
     BLOB_REFERENCES,
     CATALOGUE_TABLES,
     CHANGE_BASE,
@@ -322,6 +325,29 @@ class ManifestView:
 
     def idempotency_rows(self) -> list[IdempotencyRecord]:
         return self._all(IDEMPOTENCY)
+
+    # --- operators' acts
+
+    def approval(self, approval_id: str) -> ApprovalRecord | None:
+        return self._get(APPROVALS, approval_id.encode())
+
+    def approvals(self, *, after: str | None = None, limit: int = 1000) -> list[ApprovalRecord]:
+        """Newest first; those older than the approval `after`."""
+        before = None if after is None else after.encode()
+        with self._access as rows:
+            return [row for _, row in islice(rows.scan_back(APPROVALS, before=before), limit)]
+
+    def audit_log(self, *, after: int | None = None, limit: int = 1000) -> list[AuditRecord]:
+        """Newest first; those older than the entry `after`."""
+        before = None if after is None else number_key(after)
+        with self._access as rows:
+            return [row for _, row in islice(rows.scan_back(AUDIT_LOG, before=before), limit)]
+
+    def oldest_approvals(self, limit: int) -> list[ApprovalRecord]:
+        return self._some(APPROVALS, limit=limit)
+
+    def oldest_audit(self, limit: int) -> list[AuditRecord]:
+        return self._some(AUDIT_LOG, limit=limit)
 
     # --- collection, change log
 

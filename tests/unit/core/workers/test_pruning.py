@@ -6,10 +6,13 @@ import pytest
 from app.core.base.clock import SeededRandomness, wall_us
 from app.core.base.events import Events
 from app.core.base.ids import new_ulid
+from app.core.stores.manifest.admin_records import ApprovalRecord, AuditRecord
 from app.core.stores.manifest.ops import (
+    AppendAudit,
     CreateDatabase,
     EnqueueJob,
     ManifestBatch,
+    PutApproval,
     PutIdempotency,
     RememberAppends,
 )
@@ -53,7 +56,7 @@ async def test_the_oldest_ended_jobs_go(manifest, clock):
         )  # fmt: skip
         jobs.append(job)
         await manifest.commit(ManifestBatch(ops=(EnqueueJob(job=job),), reason="t"))
-    pruning = Pruning(manifest, clock=clock, events=Events(), jobs_max=3)
+    pruning = Pruning(manifest, clock=clock, events=Events(), jobs_max=3, audit_max=9)
     assert await pruning.run_once() == 4
     with manifest.read() as view:
         kept = {job.job_id for job in view.jobs(limit=100)}
@@ -88,7 +91,7 @@ async def test_answers_and_appends_are_kept_for_a_day(manifest, clock):
             reason="t",
         )
     )
-    pruning = Pruning(manifest, clock=clock, events=Events(), jobs_max=10)
+    pruning = Pruning(manifest, clock=clock, events=Events(), jobs_max=10, audit_max=9)
     clock.advance(24 * 3600 - 1)
     assert await pruning.run_once() == 0
     clock.advance(2)
@@ -96,3 +99,25 @@ async def test_answers_and_appends_are_kept_for_a_day(manifest, clock):
     with manifest.read() as view:
         assert view.idempotency(answer.scope_hash) is None
         assert set(view.remembered_appends(db_id)) == {2}
+
+
+async def test_the_audit_log_and_old_approvals_are_bounded(manifest, clock):
+    action = AuditRecord(
+        sequence=0, at_us=1, principal="ann", action="POST /x", path="/x", request_id="r"
+    )
+    for _ in range(12):
+        await manifest.commit(ManifestBatch(ops=(AppendAudit(row=action),), reason="t"))
+    approval = ApprovalRecord(
+        approval_id=new_ulid(clock, RANDOMNESS), action="lease.release", tenant="t", database="d",
+        db_id=1, chunk_id=0, job_id="J", token=1, reason="r", requested_by="ann",
+        requested_at_us=wall_us(clock), expires_at_us=wall_us(clock),
+    )  # fmt: skip
+    await manifest.commit(ManifestBatch(ops=(PutApproval(row=approval),), reason="t"))
+    pruning = Pruning(manifest, clock=clock, events=Events(), jobs_max=10, audit_max=9)
+    assert await pruning.run_once() == 3
+    with manifest.read() as view:
+        assert [entry.sequence for entry in view.oldest_audit(100)] == list(range(4, 13))
+    clock.advance(31 * 24 * 3600)
+    assert await pruning.run_once() == 1
+    with manifest.read() as view:
+        assert view.approvals() == []
