@@ -15,10 +15,11 @@ from app.cli import demo_orders
 from app.cli.demo import TENANT, Stage, checkpointed
 from app.cli.failures import Failure
 from app.cli.units import bytes_text, count_text
+from app.client.images import Wanted
 from app.core.base.clock import SeededRandomness
 from app.replication.events import Event
 from app.replication.fleet import Fleet
-from app.replication.restore import RestoreFailed, Wanted, restore
+from app.replication.restore import RestoreFailed, restore
 from app.replication.targets import rule_for
 
 if TYPE_CHECKING:

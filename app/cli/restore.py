@@ -40,10 +40,10 @@ def restore(
     if sum(each is not None for each in (generation, snapshot, at)) > 1:
         raise wrong_usage("Choose one of --generation, --snapshot and --at.")
     moment = None if at is None else parse_moment(at)
+    from app.client.images import Wanted  # noqa: PLC0415 - not on the way to --help
     from app.replication.restore import (  # noqa: PLC0415 - not on the way to --help
         RestoreFailed,
         TargetExists,
-        Wanted,
         existing,
     )
     from app.replication.restore import restore as run  # noqa: PLC0415 - as above

@@ -24,6 +24,7 @@ from app.client.failures import (
     StreamBroken,
     UnexpectedAnswer,
 )
+from app.client.images import Images
 from app.client.jobs import Checkpoints, Jobs
 from app.client.libsql import Libsql
 from app.client.operations import Operations
@@ -62,12 +63,12 @@ class BopClient:
     ) -> None:
         """Raises ValueError for a URL that is none."""
         url = checked_url(base_url)
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        # a proxy of the environment never stands between a host and its own loopback
+        trust_env = url.host not in _LOOPBACK
+        any_transport: object = transport  # httpx's own for tests serve both sorts of client
         self._http = httpx.AsyncClient(
-            base_url=url,
-            headers={} if token is None else {"Authorization": f"Bearer {token}"},
-            transport=transport,
-            # a proxy of the environment never stands between a host and its own loopback
-            trust_env=url.host not in _LOOPBACK,
+            base_url=url, headers=headers, transport=transport, trust_env=trust_env
         )
         calls = Calls(
             self._http,
@@ -79,6 +80,15 @@ class BopClient:
         self.databases = Databases(calls)
         self.records = Records(calls, self.databases)
         self.libsql = Libsql(calls)
+        self.images = Images(
+            calls,
+            lambda: httpx.Client(
+                base_url=url,
+                headers=headers,
+                transport=any_transport if isinstance(any_transport, httpx.BaseTransport) else None,
+                trust_env=trust_env,
+            ),
+        )
         self.checkpoints = Checkpoints(calls)
         self.jobs = Jobs(calls)
         self.operations = Operations(calls)

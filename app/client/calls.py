@@ -8,6 +8,7 @@ Concurrency: any number of calls share one connection pool. Cancellation: a call
 closes its connection; what it asked for may have taken effect.
 """
 
+import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -166,6 +167,31 @@ class Calls:
         finally:
             await response.aclose()
 
+    async def open_blocking(
+        self,
+        http: httpx.Client,
+        path: str,
+        *,
+        params: Mapping[str, Any],
+        headers: Mapping[str, str],
+    ) -> httpx.Response:
+        """As `stream`, of a client whose answers are read and closed in threads."""
+
+        def opened_blocking() -> httpx.Response:
+            request = http.build_request(
+                "GET", path, params=_given(params), headers=headers, timeout=self._timeout(0.0)
+            )
+            response = http.send(request, stream=True)
+            if response.status_code >= 400:
+                try:
+                    response.read()
+                finally:
+                    response.close()
+                raise self._problem(response)
+            return response
+
+        return await self._retrying(lambda: asyncio.to_thread(opened_blocking), idempotent=True)
+
     async def back_off(self, *, attempt: int, at_least_seconds: float = 0.0) -> None:
         """Waits before attempt `attempt` + 1."""
         backoff = full_jitter(
@@ -193,16 +219,19 @@ class Calls:
         sent = dict(headers or {})
         if key is not None:
             sent["Idempotency-Key"] = key
-        idle = self._timeouts.idle_seconds + wait_seconds
         return self._http.build_request(
             method,
             path,
-            params={name: value for name, value in (params or {}).items() if value is not None},
+            params=_given(params),
             json=json,
             content=content() if callable(content) else content,
             headers=sent,
-            timeout=httpx.Timeout(idle, connect=self._timeouts.connect_seconds, pool=None),
+            timeout=self._timeout(wait_seconds),
         )
+
+    def _timeout(self, wait_seconds: float) -> httpx.Timeout:
+        idle = self._timeouts.idle_seconds + wait_seconds
+        return httpx.Timeout(idle, connect=self._timeouts.connect_seconds, pool=None)
 
     async def _retrying(
         self, once: Callable[[], Awaitable[httpx.Response]], *, idempotent: bool
@@ -256,6 +285,10 @@ class Calls:
         except ValueError:
             return None
         return max(0.0, until - self._clock.wall_ns() / 1e9)
+
+
+def _given(params: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (params or {}).items() if value is not None}
 
 
 def is_idempotent(method: str, key: str | None) -> bool:

@@ -1,15 +1,12 @@
-"""SQLite databases: push their WAL, put an image, read one back.
+"""SQLite databases: push their WAL, put an image. `images` reads one back.
 
 Bodies come from files and are made anew for each attempt. Pushing WAL is not sent again by itself
 when a connection fails: whoever follows a log asks the service where it stands, and goes on there.
 """
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from datetime import datetime
+from collections.abc import Mapping
 from typing import Any
 
-import httpx
 import msgspec
 
 from app.client.calls import Calls, Content, decoded
@@ -66,39 +63,6 @@ class Libsql:
             headers={"Content-Type": OCTETS, "Content-Length": str(content_bytes)},
         )
         return decoded(response, ImageStored)
-
-    @asynccontextmanager
-    async def image(
-        self,
-        tenant: str,
-        database: str,
-        *,
-        generation: int | None = None,
-        snapshot: str | None = None,
-        at: datetime | None = None,
-        first_byte: int = 0,
-        etag: str | None = None,
-    ) -> AsyncIterator[httpx.Response]:
-        """The database as a file, its body unread; the newest state unless one is chosen. With
-        `first_byte` the rest from there (206), as long as the state is still that of `etag`;
-        the whole of another state otherwise (200).
-        """
-        headers = {}
-        if first_byte > 0 and etag is not None:
-            headers = {"Range": f"bytes={first_byte}-", "If-Range": etag}
-        async with self._calls.stream(
-            f"{database_path(tenant, database)}/image",
-            params={
-                "generation": generation,
-                "snapshot": snapshot,
-                "at": None if at is None else at.isoformat().replace("+00:00", "Z"),
-            },
-            headers=headers,
-        ) as response:
-            yield response
-
-    def unreachable(self, error: httpx.TransportError) -> Exception:
-        return self._calls.unreachable(error)
 
 
 def wal_position(problem: ProblemError) -> WalPosition:

@@ -2,7 +2,7 @@
 
 Invariants: the target's name shows a whole, checked file or nothing new: the download goes to a
 file beside it, which is verified, made durable and then renamed.
-Concurrency: one download, its file used in one pool thread at a time.
+Concurrency: see `download`; then one thread makes the file durable while another one checks it.
 Cancellation: the unfinished file is removed.
 Crash: before the rename an unfinished `.NAME.….part` is left beside the target; with `replace`, a
 crash just before the rename may leave the old database without its WAL: what was to be dropped.
@@ -13,24 +13,18 @@ import contextlib
 import os
 import sqlite3
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-import httpx
-
-from app.client import BopClient, StreamBroken
+from app.client import BopClient
+from app.client.images import Wanted
+from app.replication.download import Progress, download
 from app.replication.source import MAGIC, SIDE_FILES
 
-WRITE_BYTES = 1024 * 1024
-BROKEN_MAX = 6
 _HEADER_BYTES = 100
 
 Check = Literal["quick", "full"]
-Progress = Callable[[int, int], None]
-"""Takes bytes done and bytes in all."""
 
 
 class TargetExists(Exception):
@@ -48,15 +42,6 @@ class RestoreFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    tenant: str
-    database: str
-    generation: int | None = None
-    snapshot: str | None = None
-    at: datetime | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
     path: str
     bytes: int
@@ -65,17 +50,6 @@ class Restored:
     generation: int | None
     lsn: int | None
     etag: str
-
-
-@dataclass(slots=True, kw_only=True)
-class _Download:
-    """What is known of the answer, and how much of it is on disk."""
-
-    etag: str | None = None
-    content_bytes: int = 0
-    generation: int | None = None
-    lsn: int | None = None
-    done_bytes: int = 0
 
 
 async def restore(
@@ -98,89 +72,37 @@ async def restore(
     part = Path(name)
     try:
         try:
-            download = await _downloaded(client, wanted, descriptor, progress)
-            await asyncio.to_thread(os.fsync, descriptor)
+            async with client.images.reading(wanted) as reader:
+                state = await download(reader, descriptor, progress)
+            page_size, page_count = await _durable_and_verified(descriptor, part, check)
         finally:
             os.close(descriptor)
-        page_size, page_count = await asyncio.to_thread(_verify_blocking, part, download, check)
         await asyncio.to_thread(_put_in_place_blocking, part, target, replace)
     finally:
         _remove_blocking(part)  # short, and also where the task was cancelled
-    assert download.etag is not None, "verified"
     return Restored(
         path=str(target),
-        bytes=download.content_bytes,
+        bytes=state.content_bytes,
         page_size=page_size,
         page_count=page_count,
-        generation=download.generation,
-        lsn=download.lsn,
-        etag=download.etag,
+        generation=state.generation,
+        lsn=state.lsn,
+        etag=state.etag,
     )
 
 
-async def _downloaded(
-    client: BopClient, wanted: Wanted, descriptor: int, progress: Progress
-) -> _Download:
-    """A connection that breaks is taken up where it broke, as long as the state is the same."""
-    download = _Download()
-    broken_count = 0
-    while True:
-        before = download.done_bytes
-        try:
-            async with client.libsql.image(
-                wanted.tenant,
-                wanted.database,
-                generation=wanted.generation,
-                snapshot=wanted.snapshot,
-                at=wanted.at,
-                first_byte=download.done_bytes,
-                etag=download.etag,
-            ) as response:
-                _begin(download, response)
-                async for piece in response.aiter_bytes(WRITE_BYTES):
-                    await asyncio.to_thread(_write_blocking, descriptor, piece, download.done_bytes)
-                    download.done_bytes += len(piece)
-                    progress(download.done_bytes, download.content_bytes)
-        except httpx.TransportError as error:
-            broken_count = 1 if download.done_bytes > before else broken_count + 1
-            if broken_count >= BROKEN_MAX:
-                raise client.libsql.unreachable(error) from error
-            continue
-        if download.done_bytes == download.content_bytes:
-            await asyncio.to_thread(os.ftruncate, descriptor, download.content_bytes)
-            return download
-        broken_count = 1 if download.done_bytes > before else broken_count + 1
-        if broken_count >= BROKEN_MAX or download.done_bytes > download.content_bytes:
-            raise StreamBroken(
-                f"{download.done_bytes} bytes came instead of {download.content_bytes}"
-            )
-
-
-def _begin(download: _Download, response: httpx.Response) -> None:
-    """A whole answer starts anew; a partial one goes on."""
-    etag = response.headers.get("ETag")
-    length = response.headers.get("Content-Length", "")
-    if etag is None or etag.startswith("W/") or not length.isdecimal():
-        raise RestoreFailed(
-            "The answer has no strong ETag or no Content-Length.", code="unexpected_answer"
-        )
-    if response.status_code == 206:
-        expected = f"bytes {download.done_bytes}-{download.content_bytes - 1}/"
-        if etag != download.etag or not response.headers.get("Content-Range", "").startswith(
-            expected
-        ):
-            raise RestoreFailed("The answer goes on elsewhere.", code="unexpected_answer")
-        return
-    download.etag = etag
-    download.content_bytes = int(length)
-    download.generation = _number(response, "Bop-Generation")
-    download.lsn = _number(response, "Bop-Lsn")
-    download.done_bytes = 0
-
-
-def _number(response: httpx.Response, name: str) -> int | None:
-    value = response.headers.get(name, "")
-    return int(value) if value.isdecimal() else None
+async def _durable_and_verified(descriptor: int, part: Path, check: Check) -> tuple[int, int]:
+    """Side by side: one waits for the disk, the other reads what is in memory still."""
+    durable, verified = await asyncio.gather(
+        asyncio.to_thread(os.fsync, descriptor),
+        asyncio.to_thread(_verify_blocking, part, check),
+        return_exceptions=True,
+    )
+    if isinstance(durable, BaseException):
+        raise durable
+    if isinstance(verified, BaseException):
+        raise verified
+    return verified
 
 
 def existing(target: Path) -> list[Path]:
@@ -197,35 +119,32 @@ def _refuse_existing_blocking(target: Path, replace: bool) -> None:
         raise TargetExists(target)
 
 
-def _write_blocking(descriptor: int, piece: bytes, offset: int) -> None:
-    while piece:
-        written = os.pwrite(descriptor, piece, offset)
-        piece, offset = piece[written:], offset + written
-
-
-def _verify_blocking(part: Path, download: _Download, check: Check) -> tuple[int, int]:
+def _verify_blocking(part: Path, check: Check) -> tuple[int, int]:
     """Page size and page count. Raises RestoreFailed."""
+    content_bytes = part.stat().st_size
     with part.open("rb") as file:
         header = file.read(_HEADER_BYTES)
+    if content_bytes == 0:
+        raise RestoreFailed("The database is empty: it has no page yet.", code="empty_database")
     if len(header) < _HEADER_BYTES or not header.startswith(MAGIC):
         raise RestoreFailed("What came is not a SQLite database.", code="corrupt_image")
     page_size = int.from_bytes(header[16:18], "big")
     page_size = 65536 if page_size == 1 else page_size
-    if page_size < 512 or page_size & (page_size - 1) or download.content_bytes % page_size:
+    if page_size < 512 or page_size & (page_size - 1) or content_bytes % page_size:
         raise RestoreFailed("The pages do not make up the file.", code="corrupt_image")
     # immutable: no -wal and -shm come up beside it
     uri = f"{part.resolve().as_uri()}?mode=ro&immutable=1"
     pragma = "integrity_check" if check == "full" else "quick_check"
     try:
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
-            connection.execute(f"PRAGMA mmap_size = {download.content_bytes}")  # twice as fast
+            connection.execute(f"PRAGMA mmap_size = {content_bytes}")  # twice as fast
             rows = connection.execute(f"PRAGMA {pragma}").fetchmany(3)
     except sqlite3.Error as error:
         raise RestoreFailed(f"SQLite cannot read it: {error}.", code="corrupt_image") from error
     if rows != [("ok",)]:
         said = "; ".join(str(row[0]) for row in rows)
         raise RestoreFailed(f"{pragma} says: {said}", code="corrupt_image")
-    return page_size, download.content_bytes // page_size
+    return page_size, content_bytes // page_size
 
 
 def _put_in_place_blocking(part: Path, target: Path, replace: bool) -> None:

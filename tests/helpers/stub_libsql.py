@@ -98,7 +98,12 @@ class StubLibsql:
         self.requests: list[tuple[str, str, int]] = []
         self.failures: list[str] = []
         self.image_cut: int | None = None
-        """The next image that is read breaks off there."""
+        """The next image that is read breaks off there, or, with `is_stalling`, stands still until
+        `stop`.
+        """
+        self.is_stalling = False
+        self.stalled = threading.Event()
+        self._stopped = threading.Event()
         self.drop_answers = 0
         """So many pushes take effect and are not answered."""
         self._port = port
@@ -117,6 +122,7 @@ class StubLibsql:
 
     def start(self) -> None:
         stub = self
+        self._stopped.clear()
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.0"  # a connection for each request: stopping is at once
@@ -140,6 +146,7 @@ class StubLibsql:
         self._thread.start()
 
     def stop(self) -> None:
+        self._stopped.set()
         if self._server is not None and self._thread is not None:
             self._server.shutdown()
             self._thread.join()
@@ -172,10 +179,15 @@ class StubLibsql:
         for name, value in {"Content-Length": str(len(answer)), **headers}.items():
             request.send_header(name, value)
         request.end_headers()
+        is_cut = False
         if self.image_cut is not None and url.path.endswith("/image") and request.command == "GET":
-            answer, self.image_cut = answer[: self.image_cut], None
+            answer, self.image_cut, is_cut = answer[: self.image_cut], None, True
         if request.command != "HEAD":
             request.wfile.write(answer)
+        if is_cut and self.is_stalling:
+            request.wfile.flush()
+            self.stalled.set()
+            self._stopped.wait()
 
     def _answer(
         self, request: BaseHTTPRequestHandler, path: str, query: dict[str, str], body: bytes
@@ -202,7 +214,7 @@ class StubLibsql:
             return 200, json.dumps(answer).encode(), {}
         if what == ("PUT", "/image"):
             return 200, json.dumps(self._put_image(database, query, body)).encode(), {}
-        if what == ("GET", "/image"):
+        if what in {("GET", "/image"), ("HEAD", "/image")}:
             return _get_image(request, database)
         raise Refusal(405, "method_not_allowed")
 
@@ -355,11 +367,13 @@ def _get_image(
 ) -> tuple[int, bytes, dict[str, str]]:
     image, etag = database.image(), f'"{database.last_lsn}"'
     headers = {"ETag": etag, "Bop-Generation": "1", "Bop-Lsn": str(database.last_lsn)}
-    wanted = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
-    if wanted and request.headers.get("If-Range") == etag:
-        first = int(wanted[1])
-        headers["Content-Range"] = f"bytes {first}-{len(image) - 1}/{len(image)}"
-        return 206, image[first:], headers
+    if request.headers.get("If-Match") not in {None, etag}:
+        raise Refusal(412, "precondition_failed")
+    wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))
+    if wanted and request.command == "GET":
+        first, last = int(wanted[1]), min(int(wanted[2]), len(image) - 1)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(image)}"
+        return 206, image[first : last + 1], headers
     return 200, image, headers
 
 

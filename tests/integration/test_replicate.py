@@ -456,6 +456,22 @@ async def test_restore_gives_the_file_back(tmp_path, database, stub, processes, 
     assert [path.name for path in tmp_path.glob(".back*")] == []
 
 
+async def test_an_interrupted_restore_ends_at_once_and_leaves_nothing(
+    tmp_path, database, stub, processes
+):
+    async with followed(database, stub.url):
+        await wait_until(lambda: committed(stub) == 0)
+    stub.image_cut, stub.is_stalling = 5000, True
+    target = tmp_path / "back.db"
+    interrupted = _restore(tmp_path, stub, target)
+    processes.append(interrupted)
+    await wait_until(stub.stalled.is_set, timeout=30)
+    await wait_until(lambda: any(path.stat().st_size for path in tmp_path.glob(".back*")))
+    assert interrupted.end(signal.SIGINT) != 0, "within its time, though the service says nothing"
+    assert not target.exists()
+    assert list(tmp_path.glob(".back*")) == []
+
+
 async def test_restore_replaces_nothing_unasked_and_all_when_forced(
     tmp_path, database, stub, processes
 ):
