@@ -40,6 +40,7 @@ from app.routers import (
     pages,
     problems,
     records,
+    truncations,
     wal,
 )
 from app.routers.auth import Authenticator
@@ -60,6 +61,7 @@ ROUTERS = (
     databases,
     checkpoints,
     cold_scans,
+    truncations,
     jobs,
     history,
     changes,

@@ -196,6 +196,12 @@ def result_facts(result: dict[str, object]) -> dict[str, str]:
         case {"first_lsn": int(first), "last_lsn": int(last)}:
             facts["LSNs"] = lsns_text(first, last)
     match result:
+        case {"first_lsn": int(first), "dropped": dropped}:
+            facts["First LSN"] = str(first)
+            match dropped:
+                case {"first_lsn": int(first), "last_lsn": int(last)}:
+                    facts["Dropped"] = lsns_text(first, last)
+    match result:
         case {"bytes_uploaded": int(count)}:
             facts["Uploaded"] = bytes_text(count)
     return facts

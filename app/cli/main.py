@@ -10,7 +10,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from app.cli import databases, demo, jobs, operations, records, replicate, restore, service, tokens
+from app.cli import (
+    databases,
+    demo,
+    jobs,
+    operations,
+    records,
+    replicate,
+    restore,
+    service,
+    tokens,
+    truncations,
+)
 from app.cli.failures import Failure, wrong_usage
 from app.cli.screen import Output, Screen
 from app.cli.session import DEFAULT_URL, Session, Surroundings
@@ -122,6 +133,7 @@ app.command("records", rich_help_panel="Data")(records.read)
 app.command("replicate", rich_help_panel="Data")(replicate.replicate)
 app.command("restore", rich_help_panel="Data")(restore.restore)
 app.command("checkpoint", rich_help_panel="Checkpoints")(jobs.checkpoint)
+app.command("truncate", rich_help_panel="Checkpoints")(truncations.truncate)
 app.command("generations", rich_help_panel="Checkpoints")(databases.list_generations)
 app.add_typer(jobs.app, name="jobs", rich_help_panel="Checkpoints")
 app.add_typer(operations.leases, name="leases", rich_help_panel="Operations")

@@ -29,6 +29,7 @@ from app.client.jobs import Checkpoints, Jobs
 from app.client.libsql import Libsql
 from app.client.operations import Operations
 from app.client.records import Record, RecordBatch, Records
+from app.client.truncations import Truncations
 from app.core.base.clock import Clock, Randomness, SystemClock, SystemRandomness
 
 __all__ = [
@@ -90,6 +91,7 @@ class BopClient:
             ),
         )
         self.checkpoints = Checkpoints(calls)
+        self.truncations = Truncations(calls)
         self.jobs = Jobs(calls)
         self.operations = Operations(calls)
 

@@ -18,6 +18,8 @@ class Jobs:
     """Jobs of every kind under `/jobs`."""
 
     root = "/jobs"
+    cancel_root: str | None = None
+    """Where jobs are cancelled that are not where they are listed."""
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
@@ -49,7 +51,7 @@ class Jobs:
     async def cancel(self, job_id: str) -> Job:
         """Asks the job to end. Raises ProblemError, with `job_already_ended`."""
         response = await self._calls.send(
-            "POST", f"{self.root}/{job_id}/cancel", key=self._calls.new_key()
+            "POST", f"{self.cancel_root or self.root}/{job_id}/cancel", key=self._calls.new_key()
         )
         return decoded(response, Job)
 

@@ -19,6 +19,7 @@ from app.core.services.jobs import Jobs
 from app.core.services.pages import Pages
 from app.core.services.pages_in import PagesIn
 from app.core.services.records import Records
+from app.core.services.truncations import Truncations
 from app.core.workers.job_loop import JobLoop
 from app.core.workers.prefix_claim import PrefixClaim
 
@@ -34,6 +35,7 @@ class Services:
     images: Images
     checkpoints: Checkpoints
     cold_scans: ColdScans
+    truncations: Truncations
     jobs: Jobs
     history: History
     change_feed: ChangeFeed

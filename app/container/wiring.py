@@ -15,6 +15,7 @@ from app.core.base.errors import OwnershipLost, StartRefused
 from app.core.base.events import Events
 from app.core.checkpoint.executor import CheckpointExecutor
 from app.core.checkpoint.parts import CheckpointLimits, CheckpointParts
+from app.core.checkpoint.truncation import TruncationExecutor
 from app.core.checkpoint.wal_release import WalRelease
 from app.core.coordination.bandwidth import RemoteReadLimiter
 from app.core.coordination.checkpoint_demand import CheckpointDemand
@@ -27,6 +28,7 @@ from app.core.coordination.wal_room import WalRooms
 from app.core.engines.base import DeltaLimits
 from app.core.jobs.feed import JobFeed
 from app.core.jobs.handlers.create_checkpoint import CreateCheckpoint
+from app.core.jobs.handlers.truncate_append_only import TruncateAppendOnly
 from app.core.jobs.queue import JobQueue
 from app.core.jobs.runner import JobHandler, JobRunner, RetryPolicy
 from app.core.reads.cold_scan import ColdScanReader
@@ -51,6 +53,7 @@ from app.core.services.pages import Pages
 from app.core.services.pages_in import PagesIn
 from app.core.services.records import Records
 from app.core.services.states import States
+from app.core.services.truncations import Truncations
 from app.core.stores.local.hot_cache import HotCache
 from app.core.stores.manifest.ops import DropForeignLeases, ManifestBatch
 from app.core.stores.manifest.records import JobKind
@@ -283,9 +286,13 @@ async def _open_work(
         depth_max=settings.job_queue_depth_max,
     )
     await queue.load()
+    parts = _checkpoint_parts(ground, storage, claim, events=events)
     handlers: dict[JobKind, JobHandler] = {
         "create_checkpoint": CreateCheckpoint(
-            _executor(settings, ground, storage, claim, events=events)
+            CheckpointExecutor(parts, _checkpoint_limits(settings))
+        ),
+        "truncate_append_only": TruncateAppendOnly(
+            TruncationExecutor(parts), queue, ground.manifest, clock=ground.clock, events=events
         ),
     }
     runner = JobRunner(
@@ -311,39 +318,40 @@ async def _open_work(
     return _Work(queue=queue, loop=loop)
 
 
-def _executor(
-    settings: Settings, ground: Ground, storage: _Storage, claim: PrefixClaim, *, events: Events
-) -> CheckpointExecutor:
-    return CheckpointExecutor(
-        CheckpointParts(
-            manifest=ground.manifest,
-            wal=storage.wal,
-            scratch=ground.scratch,
-            scratch_links=storage.scratch_links,
-            hot_cache=storage.hot_cache,
-            quota=storage.quota,
-            remote=claim.remote,
-            ownership=ground.ownership,
-            release=storage.release,
-            pages=storage.page_store,
-            on_durable=storage.directory.notify_checkpointed,
-            pool=ground.pool,
-            clock=ground.clock,
-            events=events,
+def _checkpoint_parts(
+    ground: Ground, storage: _Storage, claim: PrefixClaim, *, events: Events
+) -> CheckpointParts:
+    return CheckpointParts(
+        manifest=ground.manifest,
+        wal=storage.wal,
+        scratch=ground.scratch,
+        scratch_links=storage.scratch_links,
+        hot_cache=storage.hot_cache,
+        quota=storage.quota,
+        remote=claim.remote,
+        ownership=ground.ownership,
+        release=storage.release,
+        pages=storage.page_store,
+        on_durable=storage.directory.notify_checkpointed,
+        pool=ground.pool,
+        clock=ground.clock,
+        events=events,
+    )
+
+
+def _checkpoint_limits(settings: Settings) -> CheckpointLimits:
+    return CheckpointLimits(
+        staging_concurrency=settings.staging_concurrency,
+        upload_concurrency=settings.upload_concurrency,
+        lease_ttl_seconds=settings.lease_ttl_seconds,
+        gc_grace_seconds=settings.gc_grace_seconds,
+        deltas=DeltaLimits(
+            delta_bytes_max=settings.delta_bytes_max,
+            delta_dirty_ratio_max=settings.delta_dirty_ratio_max,
+            delta_count_max=settings.delta_count_max,
+            coalesce=settings.coalesce,
         ),
-        CheckpointLimits(
-            staging_concurrency=settings.staging_concurrency,
-            upload_concurrency=settings.upload_concurrency,
-            lease_ttl_seconds=settings.lease_ttl_seconds,
-            gc_grace_seconds=settings.gc_grace_seconds,
-            deltas=DeltaLimits(
-                delta_bytes_max=settings.delta_bytes_max,
-                delta_dirty_ratio_max=settings.delta_dirty_ratio_max,
-                delta_count_max=settings.delta_count_max,
-                coalesce=settings.coalesce,
-            ),
-            compression_threads=max(1, os.cpu_count() or 1),
-        ),
+        compression_threads=max(1, os.cpu_count() or 1),
     )
 
 
@@ -413,6 +421,14 @@ def _services(
             ),
             storage.limiter,
             remote=claim.remote,
+        ),
+        truncations=Truncations(
+            manifest,
+            directory,
+            work.queue,
+            clock=clock,
+            randomness=ground.randomness,
+            deadline_seconds=settings.job_deadline_seconds,
         ),
         jobs=Jobs(manifest, work.queue),
         history=History(manifest, directory),

@@ -6,6 +6,15 @@ ELSEWHERE: dict[str, str] = {
     "stage.mid_write": (
         "tests/fault/test_scratch_crash.py::test_a_file_cut_short_by_a_crash_never_takes_its_name"
     ),
+    **dict.fromkeys(
+        ("truncate.before_plan", "truncate.before_commit", "truncate.after_commit"),
+        "tests/fault/test_truncation_faults.py::test_kill_at_each_step_of_a_truncation",
+    ),
+    **dict.fromkeys(
+        ("truncate.before_wait", "truncate.after_cancel"),
+        "tests/fault/test_truncation_faults.py"
+        "::test_kill_at_each_step_of_a_truncation_against_a_checkpoint",
+    ),
 }
 """Failpoints off the standard workload's way, each with the test (`path::name`) that goes there."""
 

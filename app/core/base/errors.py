@@ -185,6 +185,14 @@ class PageSizeMismatch(Conflict):
     hint = "Make another database with this page size."
 
 
+class SnapshotPinned(Conflict):
+    """Fields: `names`, of snapshots, and of forks as `tenant/database`."""
+
+    code = "snapshot_pinned"
+    title = "Snapshots or forks still need it"
+    hint = "Delete them first."
+
+
 class JobAlreadyEnded(Conflict):
     code = "job_already_ended"
     title = "The job has ended"
@@ -397,6 +405,14 @@ class StalePlan(BopError):
 class JobCancelled(BopError):
     kind, code = ErrorKind.CONFLICT, "cancelled"
     title = "Cancelled"
+
+
+class LeaseTimeout(BopError):
+    """Fields: `holder`, the job in the way."""
+
+    kind, code = ErrorKind.CONFLICT, "lease_timeout"
+    title = "A lease was not given up in time"
+    hint = "Ask again when the holder has ended, with more time, or with on_lease=cancel."
 
 
 class DeadlineExceeded(BopError):

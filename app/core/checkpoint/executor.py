@@ -18,14 +18,10 @@ import msgspec
 
 from app.core.base import failpoints
 from app.core.base.clock import wall_us
-from app.core.base.errors import InvariantViolation, OwnershipLost, StalePlan
+from app.core.base.errors import StalePlan
 from app.core.base.tasks import run_beside
 from app.core.checkpoint.blob_making import BlobMaking
-from app.core.checkpoint.generation_document import (
-    build_document,
-    decode_document,
-    encode_document,
-)
+from app.core.checkpoint.completion import complete_publication
 from app.core.checkpoint.intents import (
     all_made,
     blobs_of,
@@ -44,20 +40,18 @@ from app.core.engines.base import (
     decode_plan,
     encode_plan,
 )
-from app.core.formats.crc64 import crc64
 from app.core.reads.page_cache import CheckpointScope
 from app.core.stores.manifest.errors import GenerationMoved, KeyDoomed, LeaseLost
 from app.core.stores.manifest.ops import (
     AcquireLease,
-    AdvanceCheckpointed,
+    CompensateCheckpoint,
     ExpectGeneration,
     Op,
     ReleaseLeases,
     RetireBlob,
 )
-from app.core.stores.manifest.records import GenerationRecord, JobRecord, Progress
+from app.core.stores.manifest.records import JobRecord, Progress
 from app.core.stores.remote.keys import generation_document_key
-from app.core.stores.remote.protocol import BytesBody
 
 REPLANS_MAX = 5
 
@@ -92,7 +86,7 @@ class CheckpointExecutor:
         """
         await self._clean_up(hold)
         self._parts.events.warning("checkpoint.failed", **job_fields(hold.job))
-        return self._retire(hold.job), {"plan": None, "intents": ()}
+        return (*self._retire(hold.job), *_compensation(hold.job)), {"plan": None, "intents": ()}
 
     # --- the stages, in order -----------------------------------------------------------------
 
@@ -271,48 +265,9 @@ class CheckpointExecutor:
     # --- after the publication: only onwards --------------------------------------------------
 
     async def _finish(self, hold: JobHold) -> Mapping[str, Any]:
-        """Stores the generation document, lets `checkpointed_lsn` say so, and frees the WAL."""
-        parts, job = self._parts, hold.job
-        assert job.published_generation is not None
-        assert job.plan is not None
-        plan = decode_plan(job.plan)
-        with parts.manifest.read() as view:
-            database = view.database(job.db_id)
-            generation = view.generation(job.db_id, job.published_generation)
-            chunks = view.chunk_states(job.db_id, job.published_generation)
-            deltas = view.delta_view(job.db_id, job.published_generation)
-        if database is None or generation is None:
-            raise InvariantViolation("a published generation is gone", db_id=job.db_id)
-        if not generation.document_stored:
-            document = build_document(database, generation, chunks, deltas)
-            failpoints.fp("publish.before_document")
-            await self._store_document(generation, encode_document(document))
-            failpoints.fp("publish.after_document")
-            await hold.update(
-                reason="checkpoint.durable",
-                changes={},
-                ops=(
-                    AdvanceCheckpointed(
-                        db_id=job.db_id, generation=generation.generation, lsn=plan.last_lsn
-                    ),
-                ),
-                allow_cancelled=True,
-            )
-            parts.on_durable(job.db_id)
-        failpoints.fp("publish.before_wal_release")
-        await parts.release.release(job.db_id)
-        failpoints.fp("publish.after_wal_release")
-        return result_of(plan, rows_of(hold.job.intents))
-
-    async def _store_document(self, generation: GenerationRecord, data: bytes) -> None:
-        """Raises OwnershipLost if another document is there: someone else published (I17)."""
-        remote, key = self._parts.remote(), generation.document_key
-        body = BytesBody(data=data, crc64=crc64(data))
-        if await remote.put_if_absent(key, body) is not None:
-            return
-        stored = decode_document(await remote.get_blob(key), key=key)
-        if not stored.says_the_same_as(decode_document(data, key=key)):
-            raise OwnershipLost(f"Another process published this generation: {key}")
+        assert hold.job.plan is not None
+        await complete_publication(self._parts, hold)
+        return result_of(decode_plan(hold.job.plan), rows_of(hold.job.intents))
 
     # --- ways out -----------------------------------------------------------------------------
 
@@ -363,3 +318,12 @@ class CheckpointExecutor:
             "bytes_uploaded": 0,
             "chunks": [],
         }
+
+
+def _compensation(job: JobRecord) -> tuple[Op, ...]:
+    """What the change log says of a checkpoint that a truncation cancelled."""
+    if job.cancelled_by is None:
+        return ()
+    return (
+        CompensateCheckpoint(db_id=job.db_id, job_id=job.job_id, cancelled_by=job.cancelled_by),
+    )

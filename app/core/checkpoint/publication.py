@@ -71,14 +71,7 @@ def publication_batch(
         ops.append(
             CoverSegment(db_id=plan.db_id, segment_id=segment_id, generation=plan.target_generation)
         )
-        if appends := remembered.get(segment_id):
-            ops.append(
-                RememberAppends(
-                    db_id=plan.db_id,
-                    segment_id=segment_id,
-                    appends=tuple(_row(append) for append in appends),
-                )
-            )
+        ops += remembered_ops(plan.db_id, segment_id, remembered.get(segment_id, ()))
     ops.append(
         PublishGeneration(
             row=generation, next_chunk_id=plan.next_chunk_id, wal_position=plan.wal_position
@@ -116,6 +109,16 @@ def _superseded(plan: CheckpointPlan, action: ChunkAction) -> list[Op]:
             SupersedeChunk(db_id=db_id, chunk_id=chunk_id, generation=base, superseded_at=at)
         )
     return ops
+
+
+def remembered_ops(
+    db_id: int, segment_id: int, appends: Sequence[RememberedAppend]
+) -> tuple[Op, ...]:
+    """Keeps the answers to a segment's idempotent appends when the segment goes."""
+    if not appends:
+        return ()
+    rows = tuple(_row(append) for append in appends)
+    return (RememberAppends(db_id=db_id, segment_id=segment_id, appends=rows),)
 
 
 def _row(append: RememberedAppend) -> RememberedRow:

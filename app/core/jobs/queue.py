@@ -1,6 +1,6 @@
 """The durable job queue: enqueue, claim, update, end.
 
-Invariants: at most one mutating job per database is claimed at a time; the rows decide, memory
+Invariants: at most one job at a time may change a database (`slots.py`); the rows decide, memory
 only schedules. I6: every update of a claimed job carries its `run`, so that a stale actor's commit
 is refused. I7: a claim after a restart uses up no attempt.
 Concurrency: loop-confined; commits are awaited, and what a commit decided is looked at again after.
@@ -20,6 +20,7 @@ from app.core.base.clock import Clock, wall_us
 from app.core.base.errors import Backpressure, JobAlreadyEnded, JobNotFound
 from app.core.base.events import Events
 from app.core.jobs.feed import JobFeed
+from app.core.jobs.slots import WAITING_KINDS, DatabaseSlots
 from app.core.stores.manifest.ops import (
     EnqueueJob,
     ExpectJobState,
@@ -30,7 +31,7 @@ from app.core.stores.manifest.ops import (
     Receipt,
     UpdateJob,
 )
-from app.core.stores.manifest.records import ENDED_STATES, MUTATING_KINDS, JobRecord
+from app.core.stores.manifest.records import ENDED_STATES, JobRecord
 from app.core.stores.manifest.store import ManifestStore
 
 
@@ -51,7 +52,8 @@ class JobQueue:
         self._depth_max = depth_max
         self._pending: OrderedDict[str, dict[str, JobRecord]] = OrderedDict()  # tenant → jobs
         self._claimed: dict[str, JobRecord] = {}
-        self._busy_databases: set[int] = set()
+        self._slots = DatabaseSlots()
+        self._aside: set[str] = set()
         self._enqueueing: dict[int, asyncio.Lock] = {}
         self._wake = asyncio.Event()
 
@@ -61,8 +63,13 @@ class JobQueue:
 
     @property
     def depth(self) -> int:
-        """Jobs that wait to be claimed."""
-        return sum(len(jobs) for jobs in self._pending.values())
+        """Jobs that wait to be claimed, or for what is in their way."""
+        return sum(len(jobs) for jobs in self._pending.values()) + len(self._aside)
+
+    @property
+    def aside_count(self) -> int:
+        """Claimed jobs that wait without their database's slot, and take no runner's place."""
+        return len(self._aside)
 
     @property
     def claimed_ids(self) -> Collection[str]:
@@ -190,6 +197,7 @@ class JobQueue:
         changed = msgspec.structs.replace(job, **changes)
         if job.job_id in self._claimed:
             self._claimed[job.job_id] = changed
+            self._slots.note(changed)
         self._feed.notify(job.job_id)
         return changed, receipt
 
@@ -198,12 +206,36 @@ class JobQueue:
         self._forget(job)
         self._reload(job.job_id)
 
-    async def request_cancel(self, job_id: str) -> JobRecord:
-        """A pending job ends here; a job in flight is told. Raises JobAlreadyEnded."""
+    def enter(self, job: JobRecord) -> bool:
+        """A job that was claimed without it takes its database's slot, if that is open to it."""
+        if not self._slots.is_open(job):
+            return False
+        self._slots.take(job)
+        self._aside.discard(job.job_id)
+        return True
+
+    def holder(self, db_id: int) -> JobRecord | None:
+        """The claimed job that may change the database now."""
+        job_id = self._slots.holder(db_id)
+        return None if job_id is None else self._claimed.get(job_id)
+
+    def as_cancelled(self, job: JobRecord) -> JobRecord:
+        """The claimed job with what its row says of its cancellation."""
+        row = self._read(job.job_id)
+        return msgspec.structs.replace(
+            job, cancel_requested=row.cancel_requested, cancelled_by=row.cancelled_by
+        )
+
+    async def request_cancel(self, job_id: str, *, by: str | None = None) -> JobRecord:
+        """A pending job ends here; a job in flight is told. `by` is the truncation that it is in
+        the way of. Raises JobAlreadyEnded.
+        """
         job = self._read(job_id)
         if job.state in ENDED_STATES:
             raise JobAlreadyEnded(f"The job is {job.state}.", state=job.state)
         changes: dict[str, Any] = {"cancel_requested": True}
+        if by is not None:
+            changes["cancelled_by"] = by
         await self._manifest.commit(
             ManifestBatch(
                 ops=(UpdateJob(job_id=job_id, changes=changes),),
@@ -253,9 +285,10 @@ class JobQueue:
         return None
 
     def _is_blocked(self, job: JobRecord) -> bool:
-        return job.kind in MUTATING_KINDS and job.db_id in self._busy_databases
+        return job.kind not in WAITING_KINDS and not self._slots.is_open(job)
 
     def _add_pending(self, job: JobRecord) -> None:
+        self._slots.note(job)
         self._pending.setdefault(job.tenant, {})[job.job_id] = job
         self.wake()
 
@@ -265,19 +298,23 @@ class JobQueue:
         if not jobs:
             del self._pending[job.tenant]
         self._claimed[job.job_id] = job
-        if job.kind in MUTATING_KINDS:
-            self._busy_databases.add(job.db_id)
+        if job.kind in WAITING_KINDS:
+            self._aside.add(job.job_id)
+        else:
+            self._slots.take(job)
 
     def _forget(self, job: JobRecord) -> None:
         self._claimed.pop(job.job_id, None)
-        if job.kind in MUTATING_KINDS:
-            self._busy_databases.discard(job.db_id)
+        self._aside.discard(job.job_id)
+        self._slots.free(job)
         self.wake()
 
     def _reload(self, job_id: str) -> None:
         job = self._read(job_id)
         if job.state == "pending":
             self._add_pending(job)
+        else:
+            self._slots.forget(job)
 
 
 def job_fields(job: JobRecord) -> dict[str, object]:

@@ -69,6 +69,7 @@ class JobContext:
                 allow_cancelled=allow_cancelled,
             )
         except CancelRequested as refused:
+            self.job = self._queue.as_cancelled(self.job)
             raise JobCancelled("The job was cancelled on request.") from refused
         self._on_progress()
         return receipt
@@ -230,7 +231,12 @@ class JobRunner:
         ended = {"state": state, "stage": None, "finished_at_us": wall_us(self._clock)}
         if state == "completed":
             ended["error"] = None
-        await self._settle(context, reason=f"job.{state}", ops=ops, changes={**changes, **ended})
+        await self._settle(
+            context,
+            reason=ended_reason(context.job, state),
+            ops=ops,
+            changes={**changes, **ended},
+        )
 
     async def _settle(
         self, context: JobContext, *, reason: str, changes: dict[str, Any], ops: tuple[Op, ...]
@@ -254,12 +260,21 @@ class _PastDeadline(DeadlineExceeded):
     """The job's own deadline, not a stall: no further attempt."""
 
 
+def ended_reason(job: JobRecord, state: str) -> str:
+    """Heads the change record, if the end of the job leaves one."""
+    if state == "cancelled" and job.cancelled_by is not None:
+        return "checkpoint.cancelled_by_truncation"
+    return f"job.{state}"
+
+
 def failure_of(error: BopError) -> JobFailure:
-    plain = {
-        name: value
-        for name, value in error.fields.items()
-        if isinstance(value, (str, int, float, bool, type(None)))
-    }
+    plain = {name: value for name, value in error.fields.items() if _is_plain(value)}
     return JobFailure(
         kind=error.kind.value, code=error.code, title=error.title, detail=error.advice, fields=plain
     )
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(one) for one in value)
+    return isinstance(value, str | int | float | bool | None)

@@ -37,6 +37,7 @@ class JobLoop:
         self._idle = asyncio.Event()
         self._idle.set()
         self._failure: asyncio.Future[None] | None = None
+        self._scope: TaskScope | None = None
 
     def stop_claiming(self) -> None:
         self._claiming = False
@@ -45,6 +46,8 @@ class JobLoop:
     async def drain(self, *, seconds: float) -> None:
         """Claims no more and lets running jobs end; those that do not are resumed at next start."""
         self.stop_claiming()
+        if self._scope is not None and self._working(self._scope) <= 0:
+            return
         try:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
@@ -55,6 +58,7 @@ class JobLoop:
         self._failure = asyncio.get_running_loop().create_future()
         await self._ready()
         async with TaskScope("jobs", on_error=self._failed) as scope:
+            self._scope = scope
             while True:
                 if self._failure.done():
                     self._failure.result()
@@ -62,7 +66,7 @@ class JobLoop:
                 await self._wait()
 
     async def _claim(self, scope: TaskScope) -> None:
-        while self._claiming and len(scope) < self._concurrency:
+        while self._claiming and self._working(scope) < self._concurrency:
             job = await self._queue.claim()
             if job is None:
                 return
@@ -79,8 +83,14 @@ class JobLoop:
         except TimeoutError:
             return
 
+    def _working(self, scope: TaskScope) -> int:
+        """Jobs but those that wait aside: these take nobody's place, hold up no shutdown, and are
+        resumed at the next start.
+        """
+        return len(scope) - self._queue.aside_count
+
     def _ended(self, scope: TaskScope) -> None:
-        if len(scope) == 0:
+        if self._working(scope) <= 0:
             self._idle.set()
         self._queue.wake()
 

@@ -156,6 +156,10 @@ class ManifestStore:
             return (view.meta("node_id") or b"").decode()
 
     @property
+    def process_id(self) -> str:
+        return self._writer.process_id
+
+    @property
     def epoch(self) -> int:
         return self._writer.epoch
 

@@ -79,7 +79,7 @@ class ManifestWriter:
         self._environment = environment
         self._clock = clock
         self._events = events
-        self._process_id = process_id
+        self.process_id = process_id
         self._before_group = before_group
         self._on_failure = on_failure
         self._on_changed = on_changed
@@ -233,7 +233,7 @@ class ManifestWriter:
 
     def _context(self) -> BatchContext:
         return BatchContext(
-            process_id=self._process_id,
+            process_id=self.process_id,
             epoch=self.epoch,
             now_us=wall_us(self._clock),
             now_monotonic=self._clock.monotonic(),

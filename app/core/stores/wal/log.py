@@ -137,6 +137,12 @@ class WalLog:
         return self.next_lsn - 1
 
     @property
+    def sealed_lsn(self) -> int:
+        """All durable LSNs up to it are in sealed segments or no longer in the WAL."""
+        filling = (one.first_lsn for one in self._unsealed if one.durable.entries)
+        return next(filling, self.next_lsn) - 1
+
+    @property
     def first_lsn(self) -> int | None:
         """The oldest LSN in the WAL."""
         return next((segment.first_lsn for segment in self._segments.values()), None)
