@@ -141,9 +141,9 @@ async def test_a_restart_resumes_at_once_and_uses_up_no_attempt(tmp_path):
         await queue.update(claimed, reason="t", changes={"plan": b"kept", "stage": "uploading"})
     async with opened(tmp_path) as queue:
         assert queue.depth == 2
-        again = await queue.claim()
-        assert again is not None
-        assert (again.job_id, again.attempts, again.run) == (claimed.job_id, 1, 2)
+        both = [await queue.claim(), await queue.claim()]  # ids of one millisecond have no order
+        again = next(one for one in both if one is not None and one.job_id == claimed.job_id)
+        assert (again.attempts, again.run) == (1, 2)
         assert (again.plan, again.stage) == (b"kept", "uploading")
         assert queue.unfinished_ids() == {claimed.job_id, waiting.job_id}
 
