@@ -396,7 +396,7 @@ def _services(
             events=events,
             wal_budget_bytes=settings.wal_budget_bytes,
         ),
-        pages=Pages(states, storage.page_store),
+        pages=Pages(states, directory, storage.page_store),
         images=Images(states, storage.page_store),
         checkpoints=Checkpoints(
             manifest,

@@ -20,11 +20,13 @@ from app.core.base.errors import (
     SnapshotNotFound,
     WrongEngine,
 )
+from app.core.services.states import Newest
 from app.routers.auth import needs
 from app.routers.bodies import OCTETS
 from app.routers.databases import DATABASE_PATH
 from app.routers.deps import NAME_PARAMETERS, names_of, services_of
 from app.routers.openapi import problems
+from app.routers.prepared import PreparedResponse
 from app.routers.ranges import ByteRange, answer_to
 from app.routers.route import ScopedRoute
 from app.routers.selectors import (
@@ -36,6 +38,8 @@ from app.routers.selectors import (
 
 router = APIRouter(route_class=ScopedRoute, tags=["pages"])
 PAGE_NO_MAX = 2**32 - 2
+_FIXED_HEADERS = ((b"cache-control", b"no-cache"), (b"accept-ranges", b"bytes"))
+_OCTETS_HEADER = (b"content-type", OCTETS.encode())
 
 _HEADERS: dict[str, Any] = {
     "Bop-Tier": {
@@ -109,24 +113,25 @@ async def read_page(request: Request) -> Response:
         request.path_params["page_no"], name="page_no", maximum=PAGE_NO_MAX, place="path"
     )
     selector = selector_of(request, takes_time=False)
-    page = await services_of(request).pages.read(tenant, database, page_no, selector)
+    pages = services_of(request).pages
+    page = pages.get(tenant, database, page_no) if isinstance(selector, Newest) else None
+    if page is None:
+        page = await pages.read(tenant, database, page_no, selector)
     etag = f'"{page.tag}"'
-    headers = {
-        "ETag": etag,
-        "Bop-Tier": page.tier,
-        "Bop-Generation": str(page.generation),
-        "Bop-Lsn": str(page.lsn),
-        "Cache-Control": "no-cache",
-        "Accept-Ranges": "bytes",
-    }
     answer = answer_to(request, etag=etag, size=len(page.data))
+    headers = [
+        (b"etag", etag.encode()),
+        (b"bop-tier", page.tier.encode()),
+        (b"bop-generation", b"%d" % page.generation),
+        (b"bop-lsn", b"%d" % page.lsn),
+        *_FIXED_HEADERS,
+    ]
     if answer == "not_modified":
-        return Response(status_code=304, headers=headers)
+        return PreparedResponse(b"", headers, status_code=304)
+    headers.append(_OCTETS_HEADER)
     if isinstance(answer, ByteRange):
-        headers["Content-Range"] = answer.content_range
-        piece = page.data[answer.first : answer.stop]
-        return Response(piece, status_code=206, headers=headers, media_type=OCTETS)
-    if request.method == "HEAD":
-        headers["Content-Length"] = str(len(page.data))
-        return Response(headers=headers, media_type=OCTETS)
-    return Response(page.data, headers=headers, media_type=OCTETS)
+        headers.append((b"content-range", answer.content_range.encode()))
+        headers.append((b"content-length", b"%d" % answer.length))
+        return PreparedResponse(page.data[answer.first : answer.stop], headers, status_code=206)
+    headers.append((b"content-length", b"%d" % len(page.data)))
+    return PreparedResponse(b"" if request.method == "HEAD" else page.data, headers)

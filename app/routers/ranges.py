@@ -11,6 +11,7 @@ from app.core.base.errors import PreconditionFailed, RangeNotSatisfiable
 _ONE_RANGE = re.compile(r"bytes[ \t]*=[ \t]*(?:([0-9]+)-([0-9]*)|-([0-9]+))[ \t]*", re.IGNORECASE)
 _TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'
 _TAGS = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")
+_CONDITIONS = frozenset({b"if-match", b"if-none-match", b"if-range", b"range"})
 _EACH_TAG = re.compile(_TAG)
 
 
@@ -95,6 +96,8 @@ def _bounded(digits: str) -> int:
 
 def answer_to(request: Request, *, etag: str, size: int) -> ByteRange | Kept:
     """What the request's headers ask for. Raises PreconditionFailed, RangeNotSatisfiable."""
+    if _CONDITIONS.isdisjoint(name for name, _ in request.scope["headers"]):
+        return "whole"
     headers = request.headers
     answer = decide(
         etag=etag,

@@ -313,6 +313,12 @@ class _Databases(_Part):
 
 
 class _Pages(_Part):
+    in_memory: FoundPage | None = None
+
+    def get(self, tenant, name, page_no) -> FoundPage | None:
+        self.service.check("pages.get")
+        return self.in_memory
+
     async def read(self, tenant, name, page_no, selector) -> FoundPage:
         self.service.check("pages.read")
         image = self.service.state(tenant, name, selector)

@@ -66,6 +66,11 @@ class PageBlobs:
 
     # --- one page -----------------------------------------------------------------------------
 
+    def get_page(self, layer: Layer, page_no: int) -> bytes | None:
+        """Where the page cache has it."""
+        key = PageKey(layer.blob.sha256, page_no)
+        return self._cache.get(key) if key in self._cache else None
+
     async def read_page(
         self, layer: Layer, page_no: int, options: FetchOptions
     ) -> tuple[bytes, PageTier] | None:

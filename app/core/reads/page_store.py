@@ -27,15 +27,15 @@ from app.core.formats.sqlite_wal import lock_byte_page
 from app.core.reads.blob_reader import SMALL_BLOB_BYTES, BlobReader
 from app.core.reads.byte_source import RangeReads
 from app.core.reads.delta_chain import NO_LAYER, DeltaChain, Layer, delta_chain
+from app.core.reads.heads import Head, Heads
 from app.core.reads.log_reader import BlobCache
 from app.core.reads.page_blobs import DIRECTORIES_BYTES, OpenPages, PageBlobs, PageTier
 from app.core.reads.page_cache import FetchOptions, PageCache, PageKey
 from app.core.reads.read_point import GenerationPins, ReadPoint
 from app.core.reads.wal_pages import PageNos, WalPageReader, WalPages
-from app.core.stores.manifest.records import DatabaseRecord, GenerationRecord
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.wal.log import WalLog
-from app.core.stores.wal.page_index import CUT_OFF
+from app.core.stores.wal.page_index import CUT_OFF, WalPageIndex
 
 WINDOW_BYTES = 1024 * 1024
 READ_AHEAD_WINDOWS = 4
@@ -48,6 +48,15 @@ class PageRead:
     data: bytes
     tier: PageTier
     generation: int
+
+
+@dataclass(slots=True)
+class CachedPage:
+    """A page from memory, and the state that it was read at."""
+
+    data: bytes
+    generation: int
+    lsn: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +118,7 @@ class PageStore:
         )
         self._wal_reader = WalPageReader(pool=pool, scope=self._scope, clock=clock, events=events)
         self._chains = _ChainCache(limit_bytes=CHAINS_BYTES)
+        self._heads = Heads(manifest)
 
     async def __aenter__(self) -> Self:
         return self
@@ -132,30 +142,27 @@ class PageStore:
             raise CorruptWal
         index = await log.frames.read()
         # From here on without an await: rows, pins and commits are of one moment.
-        database, published = self._newest(db_id)
-        base_lsn = published.last_lsn if published is not None else 0
-        commit = index.commit_at(log.durable_lsn if lsn is None else lsn)
-        wal = None
-        published_page_count = published.page_count if published is not None else 0
-        lsn, page_count = base_lsn, published_page_count
-        on_release: list[Callable[[], None]] = []
-        if commit is not None and commit.lsn > base_lsn:
-            lsn, page_count = commit.lsn, commit.page_count
-            on_release.append(log.pin(base_lsn + 1, lsn).release)
-            wal = WalPages(index=index, reader=self._wal_reader, base_lsn=base_lsn, at_lsn=lsn)
-        number = published.generation if published is not None else 0
-        on_release.append(self._pins.pin(db_id, number))
+        head = self._heads.get(db_id)
+        wal = self._newer(head, index, log.durable_lsn if lsn is None else lsn)
+        on_release = [self._pins.pin(db_id, head.generation)]
+        if wal is not None:
+            on_release.append(log.pin(head.lsn + 1, wal.at_lsn).release)
         return ReadPoint(
-            database=database, generation=number, lsn=lsn, page_count=page_count,
-            published_page_count=published_page_count, wal=wal, _on_release=on_release,
+            database=head.database, generation=head.generation,
+            lsn=head.lsn if wal is None else wal.at_lsn,
+            page_count=head.page_count if wal is None else wal.page_count,
+            published_page_count=head.page_count, wal=wal, _on_release=on_release,
         )  # fmt: skip
 
-    def _newest(self, db_id: int) -> tuple[DatabaseRecord, GenerationRecord | None]:
-        with self._manifest.read() as view:
-            database = view.database(db_id)
-            if database is None:
-                raise DatabaseNotFound(db_id=db_id)
-            return database, view.generation(db_id, database.generation)
+    def _newer(self, head: Head, index: WalPageIndex, lsn: int) -> WalPages | None:
+        """What the log has up to `lsn` that the newest generation has not; None: nothing."""
+        commit = index.commit_at(lsn)
+        if commit is None or commit.lsn <= head.lsn:
+            return None
+        return WalPages(
+            index=index, reader=self._wal_reader, base_lsn=head.lsn, at_lsn=commit.lsn,
+            page_count=commit.page_count,
+        )  # fmt: skip
 
     def _generation_point(self, db_id: int, generation: int) -> ReadPoint:
         with self._manifest.read() as view:
@@ -185,6 +192,30 @@ class PageStore:
         return await self._blobs.open(layer)
 
     # --- one page -----------------------------------------------------------------------------
+
+    def get_page(self, db_id: int, page_no: int) -> CachedPage | None:
+        """The page at the newest committed state, if that takes nothing but memory; None says
+        nothing about the page: ask `read_page`. Since nothing is awaited, nothing is pinned.
+        """
+        log = self._wal.log(db_id)
+        index = log.frames.index
+        if log.health == "corrupt_wal" or index.unread:
+            return None
+        head = self._heads.get(db_id)
+        wal = self._newer(head, index, log.durable_lsn)
+        lsn, page_count = (
+            (head.lsn, head.page_count) if wal is None else (wal.at_lsn, wal.page_count)
+        )
+        known_pages = min(page_count, head.page_count)
+        if not 1 <= page_no <= known_pages or page_no == lock_byte_page(index.page_size):
+            return None
+        if wal is not None and wal.locate(page_no) is not None:
+            return None
+        chunk_id = (page_no - 1) // head.pages_per_chunk
+        layer = self._chain(db_id, head.generation, chunk_id).layer_of(page_no)
+        if layer is None or (data := self._blobs.get_page(layer, page_no)) is None:
+            return None
+        return CachedPage(data=data, generation=head.generation, lsn=lsn)
 
     async def read_page(
         self, point: ReadPoint, page_no: int, options: FetchOptions = DEFAULT_OPTIONS
@@ -225,7 +256,9 @@ class PageStore:
 
     def chain(self, point: ReadPoint, chunk_id: int) -> DeltaChain:
         """The chunk's blobs at the point's generation."""
-        db_id, generation = point.database.db_id, point.generation
+        return self._chain(point.database.db_id, point.generation, chunk_id)
+
+    def _chain(self, db_id: int, generation: int, chunk_id: int) -> DeltaChain:
         key = (db_id, generation, chunk_id)
         chain = self._chains.get(key)
         if chain is None:

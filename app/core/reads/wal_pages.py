@@ -196,6 +196,8 @@ class WalPages:
     base_lsn: int
     """The last LSN of the point's generation: what the log has up to there, that has newer."""
     at_lsn: int
+    page_count: int
+    """Of the database at that LSN."""
 
     def locate(self, page_no: int) -> FramePlace | Literal[CutOff.CUT_OFF] | None:
         """None: look into the generation. CUT_OFF: zeros."""

@@ -1,17 +1,16 @@
 """Single pages of libsql databases."""
 
 from dataclasses import dataclass
-from hashlib import blake2b
 
 from app.core.base.errors import PageNotFound
+from app.core.formats.page_codec import page_digest
 from app.core.reads.page_blobs import PageTier
 from app.core.reads.page_store import PageStore
+from app.core.services.directory import DatabaseDirectory
 from app.core.services.states import States, StateSelector
 
-_TAG_BYTES = 16
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class FoundPage:
     data: bytes
     tier: PageTier
@@ -22,13 +21,26 @@ class FoundPage:
     @property
     def tag(self) -> str:
         """Names the content: the same page at another state may have the same."""
-        return blake2b(self.data, digest_size=_TAG_BYTES).hexdigest()
+        return page_digest(self.data).hex()
 
 
 class Pages:
-    def __init__(self, states: States, store: PageStore) -> None:
+    def __init__(self, states: States, directory: DatabaseDirectory, store: PageStore) -> None:
         self._states = states
+        self._directory = directory
         self._store = store
+
+    def get(self, tenant: str, name: str, page_no: int) -> FoundPage | None:
+        """The page at the newest state, if it is in memory: the short way of most reads. None says
+        nothing: ask `read`. Raises DatabaseNotFound, WrongEngine.
+        """
+        database, _ = self._directory.require(tenant, name, "libsql")
+        page = self._store.get_page(database.db_id, page_no)
+        if page is None:
+            return None
+        return FoundPage(
+            data=page.data, tier="page_cache", generation=page.generation, lsn=page.lsn
+        )
 
     async def read(
         self, tenant: str, name: str, page_no: int, selector: StateSelector

@@ -6,6 +6,7 @@ import pytest
 from starlette.requests import Request
 
 from app.core.base.errors import CorruptBlob, InvalidRequest, RemoteUnavailable
+from app.core.services.pages import FoundPage
 from app.core.services.states import AtGeneration, AtSnapshot, AtTime, Newest
 from app.routers.exchange import ResponseBroken
 from app.routers.selectors import selector_of
@@ -177,6 +178,20 @@ async def test_a_page(client, newest):
     older = await client.get(f"{APP}/pages/2?generation=1")
     assert older.content == content(1)[PAGE : 2 * PAGE]
     assert older.headers["etag"] != told["etag"]
+
+
+async def test_a_page_in_memory_is_given_without_a_read(client, service, newest):
+    page = FoundPage(data=b"p" * PAGE, tier="page_cache", generation=2, lsn=20)
+    service.services.pages.in_memory = page
+    answer = await client.get(f"{APP}/pages/2")
+    assert (answer.status_code, answer.content) == (200, page.data)
+    assert answer.headers["bop-tier"] == "page_cache"
+    assert answer.headers["etag"] == f'"{page.tag}"'
+    ranged = await client.get(f"{APP}/pages/2", headers={"Range": "bytes=1-2"})
+    assert (ranged.status_code, ranged.content) == (206, b"pp")
+    assert ranged.headers["content-range"] == f"bytes 1-2/{PAGE}"
+    older = await client.get(f"{APP}/pages/2?generation=1")  # memory knows only the newest
+    assert older.headers["bop-tier"] == "local"
 
 
 async def test_a_page_is_named_by_its_content(client, newest):

@@ -67,6 +67,10 @@ class ManifestEnvironment:
         """Frees the slots of dead processes; gives how many."""
         return self._environment.reader_check()
 
+    def last_transaction_id(self) -> int:
+        """Of the newest commit; a reader that begins at once may still see the one before."""
+        return int(self._environment.info()["last_txnid"])
+
     def map_use(self) -> dict[str, int]:
         info = self._environment.info()
         page_bytes = self._environment.stat()["psize"]

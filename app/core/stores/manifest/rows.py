@@ -48,6 +48,10 @@ class CommittedRows:
         self._transaction.abort()
         del self._transaction
 
+    def transaction_id(self) -> int:
+        """Of the newest commit that it sees."""
+        return int(self._transaction.id())
+
     def get(self, table: Table[V], key: bytes) -> V | None:
         raw = cast("bytes | None", self._transaction.get(key, db=self._handles[table]))
         return None if raw is None else table.codec.decode(raw)

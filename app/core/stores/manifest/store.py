@@ -190,6 +190,13 @@ class ManifestStore:
         finally:
             self._views.close(access)
 
+    @property
+    def version(self) -> int:
+        """Of a view that would be opened now, or of the one that a commit under way brings in a
+        moment: rows of a view with this version are the newest.
+        """
+        return self._environment.last_transaction_id()
+
     def read_blocking(self, function: Callable[[ManifestView], T]) -> T:
         with self.read() as view:
             return function(view)

@@ -114,6 +114,11 @@ class ManifestView:
         with self._access as rows:
             return {table.name: rows.entries(table) for table in TABLES}
 
+    def version(self) -> int:
+        """Grows with every commit; equal ones show the same rows (`ManifestStore.version`)."""
+        with self._access as rows:
+            return rows.transaction_id()
+
     def pages(self) -> int:
         """LMDB pages that hold the tables."""
         with self._access as rows:
