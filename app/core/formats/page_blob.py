@@ -334,7 +334,7 @@ class PageBlobDirectory:
         positions: Positions,
         blocks: Mapping[int, bytes | memoryview],
         *,
-        base_pages: Mapping[int, bytes] | None = None,
+        base_pages: Mapping[int, bytes | memoryview] | None = None,
     ) -> bytearray:
         """Many pages back to back, from their unpacked blocks by number; `base_pages` by page
         number where patches may be among them. Whole pages were checked with their block, patched
@@ -376,7 +376,7 @@ class PageBlobDirectory:
         return out
 
     def _patched(
-        self, position: int, slot: memoryview, base_pages: Mapping[int, bytes] | None
+        self, position: int, slot: memoryview, base_pages: Mapping[int, bytes | memoryview] | None
     ) -> bytes:
         page_no = int(self._columns.page_nos[position])
         base_page = None if base_pages is None else base_pages.get(page_no)

@@ -89,7 +89,7 @@ def make_patch(page: bytes, base_page: bytes) -> bytes:
     return zstandard.ZstdCompressor(dict_data=prefix, compression_params=parameters).compress(page)
 
 
-def apply_patch(patch: bytes | memoryview, base_page: bytes) -> bytes:
+def apply_patch(patch: bytes | memoryview, base_page: bytes | memoryview) -> bytes:
     """The page, not yet checked against its checksum. Raises Damage."""
     size = len(base_page)
     prefix = zstandard.ZstdCompressionDict(base_page, dict_type=zstandard.DICT_TYPE_RAWCONTENT)

@@ -25,6 +25,7 @@ from app.core.reads.byte_source import Tier
 from app.core.reads.delta_chain import BaseLayer, DeltaLayer, Layer
 from app.core.reads.page_cache import FetchOptions, PageCache, PageKey
 from app.core.reads.single_flight import SingleFlight
+from app.core.stores.manifest.records import BlobRef
 
 PageTier = Literal["wal", "page_cache", "local", "remote"]
 Block = bytes | memoryview
@@ -203,9 +204,20 @@ class OpenPages:
         self._directory = directory
         self._base = base
 
-    async def read(self, page_nos: PageNos) -> npt.NDArray[np.uint8]:
+    def is_against(self, blob: BlobRef) -> bool:
+        """Whether its patches are against that blob's pages."""
+        return self._directory.base_sha256 == blob.sha256
+
+    def are_patches(self, page_nos: PageNos) -> npt.NDArray[np.bool_]:
+        """Which of the pages take the base's page to be read; it holds all of them."""
+        return self._directory.are_patches(self._directory.positions(page_nos))
+
+    async def read(
+        self, page_nos: PageNos, *, base_pages: Mapping[int, memoryview] | None = None
+    ) -> npt.NDArray[np.uint8]:
         """The pages, ascending: shape (pages, page size). What the blob does not hold is zeros.
-        Raises CorruptBlob, RemoteUnavailable.
+        Without `base_pages`, those that patches take are read from the base. Raises CorruptBlob,
+        RemoteUnavailable.
         """
         directory = self._directory
         positions = directory.positions(page_nos)
@@ -219,7 +231,8 @@ class OpenPages:
             limit=FETCHES_AT_ONCE,
         ):
             blocks.update(found)
-        base_pages = await self._base_pages(mine)
+        if base_pages is None:
+            base_pages = await self._base_pages(mine)
         try:
             data = await self._reader.pool.run(
                 lambda: directory.unpack_pages(mine, blocks, base_pages=base_pages)
@@ -251,14 +264,14 @@ class OpenPages:
             first, length, lambda data: _unpack_blocks(self._directory, start, stop, data)
         )
 
-    async def _base_pages(self, positions: npt.NDArray[np.intp]) -> dict[int, bytes] | None:
+    async def _base_pages(self, positions: npt.NDArray[np.intp]) -> dict[int, memoryview] | None:
         if self._base is None:
             return None
         needed = self._directory.page_nos[positions[self._directory.are_patches(positions)]]
         if len(needed) == 0:
             return {}
         pages = await self._base.read(needed)
-        return {number: pages[at].tobytes() for at, number in enumerate(needed.tolist())}
+        return {number: pages[at].data for at, number in enumerate(needed.tolist())}
 
     def close(self) -> None:
         """Again is harmless."""

@@ -13,11 +13,9 @@ Crash: nothing here is written.
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Protocol, Self
-
-import numpy as np
 
 from app.core.base.clock import Clock
 from app.core.base.errors import CorruptWal, DatabaseNotFound, GenerationExpired, NotFound
@@ -26,13 +24,14 @@ from app.core.base.tasks import BlockingPool, TaskScope
 from app.core.formats.sqlite_wal import lock_byte_page
 from app.core.reads.blob_reader import SMALL_BLOB_BYTES, BlobReader
 from app.core.reads.byte_source import RangeReads
-from app.core.reads.delta_chain import NO_LAYER, DeltaChain, Layer, delta_chain
+from app.core.reads.delta_chain import DeltaChain, Layer, delta_chain
 from app.core.reads.heads import Head, Heads
 from app.core.reads.log_reader import BlobCache
 from app.core.reads.page_blobs import DIRECTORIES_BYTES, OpenPages, PageBlobs, PageTier
 from app.core.reads.page_cache import FetchOptions, PageCache, PageKey
+from app.core.reads.page_windows import OpenChunk, windows
 from app.core.reads.read_point import GenerationPins, ReadPoint
-from app.core.reads.wal_pages import PageNos, WalPageReader, WalPages
+from app.core.reads.wal_pages import WalPageReader, WalPages
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.wal.log import WalLog
 from app.core.stores.wal.page_index import CUT_OFF, WalPageIndex
@@ -285,18 +284,18 @@ class PageStore:
         assert first >= 1
         assert last <= point.page_count
         scope = TaskScope("page-runs", on_error=lambda _: None)  # told where a run is awaited
-        chunks: OrderedDict[int, _OpenChunk] = OrderedDict()
+        chunks: OrderedDict[int, OpenChunk] = OrderedDict()
         ahead: deque[tuple[int, asyncio.Task[PageRun]]] = deque()
-        windows = _windows(point, first, last, window_bytes=self._window_bytes)
+        upcoming = windows(point, first, last, window_bytes=self._window_bytes)
 
         def read_next() -> None:
-            window = next(windows, None)
+            window = next(upcoming, None)
             if window is not None:
                 chunk_id, page_no, count = window
                 chunk = chunks.get(chunk_id)
                 if chunk is None:
-                    chunk = chunks[chunk_id] = _OpenChunk(self._blobs, self.chain(point, chunk_id))
-                run = scope.start(self._read_window(point, chunk, page_no, count), name="window")
+                    chunk = chunks[chunk_id] = OpenChunk(self._blobs, self.chain(point, chunk_id))
+                run = scope.start(_read_run(point, chunk, page_no, count), name="window")
                 ahead.append((chunk_id, run))
 
         try:
@@ -313,53 +312,6 @@ class PageStore:
             await scope.aclose()
             for chunk in chunks.values():
                 chunk.close()
-
-    async def _read_window(
-        self, point: ReadPoint, chunk: "_OpenChunk", first: int, count: int
-    ) -> PageRun:
-        numbers = chunk.chain.layers_of(first, count)
-        page_nos: PageNos = np.arange(first, first + count, dtype=np.uint32)
-        numbers[page_nos > point.published_page_count] = NO_LAYER
-        in_wal = point.wal.find(first, count) if point.wal is not None else None
-        if in_wal is None and numbers[0] != NO_LAYER and (numbers == numbers[0]).all():
-            pages = await (await chunk.open(int(numbers[0]))).read(page_nos)
-        else:
-            pages = np.zeros((count, point.page_size), dtype=np.uint8)
-            if in_wal is not None:
-                assert point.wal is not None
-                await point.wal.put(pages, in_wal)
-                numbers[in_wal.done] = NO_LAYER
-            for number in np.unique(numbers[numbers != NO_LAYER]).tolist():
-                rows = np.flatnonzero(numbers == number)
-                pages[rows] = await (await chunk.open(number)).read(page_nos[rows])
-        lock_byte = lock_byte_page(point.page_size) - first
-        if 0 <= lock_byte < count:
-            pages[lock_byte] = 0
-        return PageRun(first=first, count=count, data=pages.data.cast("B"))
-
-
-class _OpenChunk:
-    """A chunk's blobs while its windows are read; each is opened when it is first needed."""
-
-    def __init__(self, blobs: PageBlobs, chain: DeltaChain) -> None:
-        self.chain = chain
-        self._blobs = blobs
-        self._open: dict[int, OpenPages] = {}
-        self._opening = asyncio.Lock()
-
-    async def open(self, number: int) -> OpenPages:
-        found = self._open.get(number)
-        if found is None:
-            async with self._opening:
-                found = self._open.get(number)
-                if found is None:
-                    found = await self._blobs.open(self.chain.layers[number])
-                    self._open[number] = found
-        return found
-
-    def close(self) -> None:
-        while self._open:
-            self._open.popitem()[1].close()
 
 
 class _ChainCache:
@@ -384,19 +336,6 @@ class _ChainCache:
             self._used_bytes -= oldest.memory_bytes
 
 
-def _windows(
-    point: ReadPoint, first: int, last: int, *, window_bytes: int
-) -> Iterator[tuple[int, int, int]]:
-    """(chunk, first page, pages): aligned, so that windows begin where blocks do, and never over
-    a chunk's end.
-    """
-    step = max(1, window_bytes // point.page_size)
-    per_chunk = point.pages_per_chunk
-    at = first
-    while at <= last:
-        chunk_id = (at - 1) // per_chunk
-        chunk_first = chunk_id * per_chunk + 1
-        stop = chunk_first + ((at - chunk_first) // step + 1) * step
-        stop = min(stop, chunk_first + per_chunk, last + 1)
-        yield chunk_id, at, stop - at
-        at = stop
+async def _read_run(point: ReadPoint, chunk: OpenChunk, first: int, count: int) -> PageRun:
+    pages = await chunk.read(point, first, count)
+    return PageRun(first=first, count=count, data=pages.data.cast("B"))

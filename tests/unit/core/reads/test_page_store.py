@@ -297,6 +297,7 @@ async def test_a_range_reads_only_its_blocks(tmp_path):
 
 async def test_the_lock_byte_page_is_zeros(tmp_path, monkeypatch):
     monkeypatch.setattr("app.core.reads.page_store.lock_byte_page", lambda size: 9)
+    monkeypatch.setattr("app.core.reads.page_windows.lock_byte_page", lambda size: 9)
     async with paged_database(tmp_path) as db:
         await db.publish(rewrites={0: {n: page(n) for n in range(1, 20)}}, last_lsn=0)
         await db.append({9: page(90)}, page_count=19)
@@ -465,3 +466,49 @@ async def test_a_patch_whose_base_is_another_one_is_refused(db):
     db.remote.objects[bases[0].blob.key] = db.remote.objects[bases[1].blob.key]
     with pytest.raises(CorruptBlob):
         await tier_of(db, 3)
+
+
+async def test_a_window_reads_its_base_once_however_many_deltas_patch_it(db):
+    await db.publish(rewrites={0: {n: page(n) for n in range(1, 129)}})
+    for generation in (2, 3, 4):
+        await db.publish(
+            deltas={0: {n: changed(db.content[n], at=8 * generation) for n in (generation, 50)}}
+        )
+    assert await newest(db) == db.expected()  # directories are known from here on
+    db.told.clear()
+    assert await newest(db) == db.expected()
+    served = [fields["tier"] for name, fields in db.told if name == "read.served"]
+    assert served == ["local"] * 4
+
+
+@pytest.mark.parametrize("share", [0.2, 0.8])
+@pytest.mark.parametrize("patched", [True, False])
+async def test_windows_of_which_deltas_hold_little_or_much(db, share, patched):
+    source = random.Random(3)
+    await db.publish(rewrites={0: {n: page(n) for n in range(1, 100)}}, page_count=120, last_lsn=0)
+    numbers = source.sample(range(1, 121), int(120 * share))
+    await db.publish(
+        deltas={
+            0: {
+                n: changed(db.content[n]) if n in db.content and n % 3 else page(1000 + n)
+                for n in sorted(numbers)
+            }
+        },
+        patched=patched,
+        last_lsn=0,
+    )
+    assert await newest(db) == db.expected()
+    await db.append({5: page(7000), 110: page(7001)})
+    assert await newest(db) == db.expected()
+
+
+async def test_patches_against_an_older_base_read_that_one(db):
+    await db.publish(rewrites={0: {n: page(n) for n in range(1, 129)}})
+    older = dict(db.bases)
+    await db.publish(
+        rewrites={0: {n: page(500 + n) for n in range(1, 129)}},
+        superseded=(ops.SupersedeChunk(db_id=db.db_id, chunk_id=0, generation=1, superseded_at=2),),
+    )
+    db.bases.update(older)
+    await db.publish(deltas={0: {n: changed(page(n)) for n in range(1, 129, 2)}})
+    assert await newest(db) == db.expected()
