@@ -36,11 +36,13 @@ from app.routers import (
     image_upload,
     images,
     jobs,
+    limits,
     openapi,
     pages,
     problems,
     records,
     truncations,
+    upkeep,
     wal,
 )
 from app.routers.auth import Authenticator
@@ -68,6 +70,8 @@ ROUTERS = (
     debug,
     approvals,
     audit,
+    limits,
+    upkeep,
     health,
 )
 """In the order they are matched: the busiest first."""

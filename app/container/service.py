@@ -19,7 +19,9 @@ from app.core.services.jobs import Jobs
 from app.core.services.pages import Pages
 from app.core.services.pages_in import PagesIn
 from app.core.services.records import Records
+from app.core.services.tenants import Tenants
 from app.core.services.truncations import Truncations
+from app.core.services.upkeep import Upkeep
 from app.core.workers.job_loop import JobLoop
 from app.core.workers.prefix_claim import PrefixClaim
 
@@ -43,6 +45,8 @@ class Services:
     idempotency: Idempotency
     approvals: Approvals
     audit: Audit
+    tenants: Tenants
+    upkeep: Upkeep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ from app.core.coordination.usage import UsageKind
 from app.core.coordination.wal_backlog import BacklogLimits, WalBacklog
 from app.core.coordination.wal_room import WalRooms
 from app.core.engines.base import DeltaLimits
+from app.core.jobs.checkpoint_requests import CheckpointRequests
 from app.core.jobs.feed import JobFeed
 from app.core.jobs.handlers.create_checkpoint import CreateCheckpoint
 from app.core.jobs.handlers.truncate_append_only import TruncateAppendOnly
@@ -53,7 +54,9 @@ from app.core.services.pages import Pages
 from app.core.services.pages_in import PagesIn
 from app.core.services.records import Records
 from app.core.services.states import States
+from app.core.services.tenants import Tenants
 from app.core.services.truncations import Truncations
+from app.core.services.upkeep import Upkeep
 from app.core.stores.local.hot_cache import HotCache
 from app.core.stores.manifest.ops import DropForeignLeases, ManifestBatch
 from app.core.stores.manifest.records import JobKind
@@ -65,6 +68,7 @@ from app.core.workers.lease_reaper import LeaseReaper
 from app.core.workers.prefix_claim import PrefixClaim
 from app.core.workers.pruning import Pruning
 from app.core.workers.supervisor import Supervisor
+from app.core.workers.triggers import CheckpointTriggers
 from app.core.workers.wal_sweep import WalSweep
 from app.settings import Settings
 from app.wal_catalog import ManifestSegmentCatalog
@@ -94,7 +98,10 @@ class _Work:
     """Durable work: the queue, and what runs it."""
 
     queue: JobQueue
+    requests: CheckpointRequests
     loop: JobLoop
+    triggers: CheckpointTriggers
+    janitor: ScratchJanitor
 
 
 @asynccontextmanager
@@ -112,14 +119,7 @@ async def open_container(
             stack, settings, ground, claim, events=events, on_fatal=on_fatal
         )
         work = await _open_work(settings, ground, storage, claim, events=events)
-        janitor = ScratchJanitor(
-            ground.scratch,
-            live_jobs=work.queue.unfinished_ids,
-            room=storage.quota,
-            clock=ground.clock,
-            events=events,
-        )
-        await janitor.run_at_start()
+        await work.janitor.run_at_start()
         container = Container(
             _services(settings, ground, storage, work, claim, events=events),
             _gauges(storage, work),
@@ -132,7 +132,8 @@ async def open_container(
         )
         for worker in (
             claim,
-            janitor,
+            work.janitor,
+            work.triggers,
             LeaseReaper(
                 ground.manifest,
                 clock=ground.clock,
@@ -315,7 +316,30 @@ async def _open_work(
         clock=ground.clock,
         concurrency=settings.job_concurrency,
     )
-    return _Work(queue=queue, loop=loop)
+    requests = CheckpointRequests(
+        queue,
+        clock=ground.clock,
+        randomness=ground.randomness,
+        deadline_seconds=settings.job_deadline_seconds,
+    )
+    triggers = CheckpointTriggers(
+        ground.manifest,
+        queue,
+        requests,
+        backlog=storage.backlog,
+        demand=storage.demand,
+        clock=ground.clock,
+        events=events,
+        interval_seconds=settings.checkpoint_interval_seconds,
+    )
+    janitor = ScratchJanitor(
+        ground.scratch,
+        live_jobs=queue.unfinished_ids,
+        room=storage.quota,
+        clock=ground.clock,
+        events=events,
+    )
+    return _Work(queue=queue, requests=requests, loop=loop, triggers=triggers, janitor=janitor)
 
 
 def _checkpoint_parts(
@@ -372,6 +396,7 @@ def _services(
         wal_root=settings.data_dir / "wal",
         scratch=ground.scratch,
         quota=storage.quota,
+        find_drift=partial(storage.reconciliation.find_drift, live_jobs=work.queue.unfinished_ids),
         pool=ground.pool,
     )
     return Services(
@@ -398,14 +423,7 @@ def _services(
         ),
         pages=Pages(states, directory, storage.page_store),
         images=Images(states, storage.page_store),
-        checkpoints=Checkpoints(
-            manifest,
-            directory,
-            work.queue,
-            clock=clock,
-            randomness=ground.randomness,
-            deadline_seconds=settings.job_deadline_seconds,
-        ),
+        checkpoints=Checkpoints(manifest, directory, work.requests),
         cold_scans=ColdScans(
             manifest,
             directory,
@@ -451,6 +469,15 @@ def _services(
             valid_seconds=settings.admin_approval_seconds,
         ),
         audit=Audit(manifest, clock=clock, events=events),
+        tenants=Tenants(
+            manifest,
+            storage.quota,
+            events=events,
+            interval_seconds=settings.checkpoint_interval_seconds,
+            global_limit_bytes=settings.quota_global_bytes,
+            on_flags=work.triggers.flags_changed,
+        ),
+        upkeep=Upkeep(work.queue, work.janitor, storage.reconciliation),
     )
 
 

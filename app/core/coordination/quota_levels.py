@@ -47,7 +47,7 @@ class QuotaSnapshot:
 
 
 class FreedRate:
-    """Bytes a second that lately became free: an average that forgets exponentially."""
+    """What became free in a second, bytes or places: an average that forgets exponentially."""
 
     def __init__(self) -> None:
         self._bytes = 0.0
@@ -59,6 +59,14 @@ class FreedRate:
 
     def per_second(self, now: float) -> float:
         return self._remembered(now) / FREED_MEMORY_SECONDS
+
+    def seconds_until(self, missing: int, *, now: float) -> int:
+        """When so much more should be free if it goes on as of late, as a Retry-After."""
+        rate = self.per_second(now)
+        if rate * RETRY_AFTER_MAX_SECONDS < 1:
+            return RETRY_AFTER_UNKNOWN_SECONDS
+        wanted = math.ceil(missing / rate)
+        return min(max(wanted, RETRY_AFTER_MIN_SECONDS), RETRY_AFTER_MAX_SECONDS)
 
     def _remembered(self, now: float) -> float:
         return self._bytes * math.exp((self._at - now) / FREED_MEMORY_SECONDS)
@@ -157,11 +165,7 @@ class Shortage:
         """When the room should be there if freeing goes on as it did of late."""
         if self.requested_bytes > self.limit_bytes:
             return RETRY_AFTER_MAX_SECONDS  # only a higher limit helps
-        rate = self.freed.per_second(now)
-        if rate * RETRY_AFTER_MAX_SECONDS < 1:
-            return RETRY_AFTER_UNKNOWN_SECONDS
-        wanted = math.ceil(self.missing_bytes / rate)
-        return min(max(wanted, RETRY_AFTER_MIN_SECONDS), RETRY_AFTER_MAX_SECONDS)
+        return self.freed.seconds_until(self.missing_bytes, now=now)
 
 
 def find_shortage(levels: Sequence[Level], size_bytes: int) -> Shortage | None:

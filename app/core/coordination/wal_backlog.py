@@ -8,15 +8,9 @@ An append larger than the share passes while the database has nothing unpublishe
 never be.
 """
 
-import math
 from dataclasses import dataclass, field
 
-from app.core.coordination.quota_levels import (
-    RETRY_AFTER_MAX_SECONDS,
-    RETRY_AFTER_MIN_SECONDS,
-    RETRY_AFTER_UNKNOWN_SECONDS,
-    FreedRate,
-)
+from app.core.coordination.quota_levels import FreedRate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +96,8 @@ class WalBacklog:
                 return BacklogRefusal(
                     share_bytes=share_bytes,
                     backlog_bytes=before,
-                    retry_after_seconds=_retry_after(
-                        entry, missing_bytes=before + size_bytes - share_bytes, now=now
+                    retry_after_seconds=entry.drained.seconds_until(
+                        before + size_bytes - share_bytes, now=now
                     ),
                 )
         self._change(entry, size_bytes=entry.bytes, held_bytes=entry.held_bytes + size_bytes)
@@ -140,12 +134,3 @@ class WalBacklog:
                 self._active[entry.tenant] = count
             else:
                 del self._active[entry.tenant]
-
-
-def _retry_after(entry: Backlog, *, missing_bytes: int, now: float) -> int:
-    """When the database's WAL should be back within its share if it drains as it did of late."""
-    rate = entry.drained.per_second(now)
-    if rate * RETRY_AFTER_MAX_SECONDS < 1:
-        return RETRY_AFTER_UNKNOWN_SECONDS
-    wanted = math.ceil(missing_bytes / rate)
-    return min(max(wanted, RETRY_AFTER_MIN_SECONDS), RETRY_AFTER_MAX_SECONDS)

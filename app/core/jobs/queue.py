@@ -17,8 +17,9 @@ import msgspec
 
 from app.core.base import failpoints
 from app.core.base.clock import Clock, wall_us
-from app.core.base.errors import Backpressure, JobAlreadyEnded, JobNotFound
+from app.core.base.errors import Backpressure, JobAlreadyEnded, JobNotFound, QueueDrained
 from app.core.base.events import Events
+from app.core.coordination.quota_levels import FreedRate
 from app.core.jobs.feed import JobFeed
 from app.core.jobs.slots import WAITING_KINDS, DatabaseSlots
 from app.core.stores.manifest.ops import (
@@ -28,11 +29,19 @@ from app.core.stores.manifest.ops import (
     ManifestBatch,
     Op,
     Precondition,
+    PutMeta,
     Receipt,
     UpdateJob,
 )
-from app.core.stores.manifest.records import ENDED_STATES, JobRecord
+from app.core.stores.manifest.records import (
+    ENDED_STATES,
+    DatabaseRecord,
+    JobKind,
+    JobRecord,
+)
 from app.core.stores.manifest.store import ManifestStore
+
+DRAINING_META = "queue/draining"
 
 
 class JobQueue:
@@ -55,6 +64,9 @@ class JobQueue:
         self._slots = DatabaseSlots()
         self._aside: set[str] = set()
         self._enqueueing: dict[int, asyncio.Lock] = {}
+        self._entering = 0
+        self._left = FreedRate()
+        self._draining = False
         self._wake = asyncio.Event()
 
     @property
@@ -72,6 +84,15 @@ class JobQueue:
         return len(self._aside)
 
     @property
+    def depth_max(self) -> int:
+        return self._depth_max
+
+    @property
+    def draining(self) -> bool:
+        """No new job is taken; those that wait and run go on to their end."""
+        return self._draining
+
+    @property
     def claimed_ids(self) -> Collection[str]:
         return self._claimed.keys()
 
@@ -83,6 +104,7 @@ class JobQueue:
         """At start: what an earlier process had in flight is pending again, at once."""
         with self._manifest.read() as view:
             unfinished = view.unfinished_jobs()
+            self._draining = bool(view.meta(DRAINING_META))
         for job in unfinished:
             if job.state == "in_flight":
                 changes: dict[str, Any] = {
@@ -106,30 +128,52 @@ class JobQueue:
     ) -> JobRecord:
         """Adds a pending job, durably. With `join`, a pending job of that kind and database that
         has not planned yet is answered instead. `remember` makes an op of what is answered, for
-        the same commit. Raises Backpressure when too many wait.
+        the same commit. Raises QueueDrained, and Backpressure when too many wait.
         """
         lock = self._enqueueing.setdefault(job.db_id, asyncio.Lock())
         async with lock:
+            if self._draining:
+                raise QueueDrained
             if join and (joined := self._joinable(job)) is not None:
                 if remember is not None:
                     await self._manifest.commit(
                         ManifestBatch(ops=(remember(joined),), reason="job.joined")
                     )
                 return joined
-            if self.depth >= self._depth_max:
-                raise Backpressure(
-                    "The job queue is full.", retry_after_seconds=5, queue_depth=self.depth
-                )
+            self._check_depth(job.tenant)
             failpoints.fp("job.before_enqueue")
             ops: tuple[Op, ...] = (EnqueueJob(job=job),)
             if remember is not None:
                 ops = (*ops, remember(job))
-            await self._manifest.commit(ManifestBatch(ops=ops, reason="job.enqueued"))
+            self._entering += 1
+            try:
+                await self._manifest.commit(ManifestBatch(ops=ops, reason="job.enqueued"))
+            finally:
+                self._entering -= 1
             failpoints.fp("job.after_enqueue")
             self._add_pending(job)
         self._events.info("job.enqueued", **job_fields(job))
         self._feed.notify(job.job_id)
         return job
+
+    async def set_draining(self, draining: bool) -> None:
+        """Holds over restarts."""
+        await self._manifest.commit(
+            ManifestBatch(
+                ops=(PutMeta(name=DRAINING_META, value=b"1" if draining else b""),),
+                reason="queue.drained" if draining else "queue.resumed",
+            )
+        )
+        self._draining = draining
+        self._events.info("queue.drained" if draining else "queue.resumed", queue_depth=self.depth)
+
+    def works_on(self, database: DatabaseRecord, kind: JobKind) -> bool:
+        """A job of that kind waits for the database, or runs."""
+        waiting = self._pending.get(database.tenant, {})
+        return any(
+            job.db_id == database.db_id and job.kind == kind
+            for job in (*self._claimed.values(), *waiting.values())
+        )
 
     def next_eligible_us(self) -> int | None:
         """When the earliest job that only waits for its time may be claimed."""
@@ -204,6 +248,7 @@ class JobQueue:
     def give_back(self, job: JobRecord) -> None:
         """A claimed job's row is pending again (a retry) or has ended: memory follows the row."""
         self._forget(job)
+        self._left.add(1, now=self._clock.monotonic())
         self._reload(job.job_id)
 
     def enter(self, job: JobRecord) -> bool:
@@ -256,6 +301,21 @@ class JobQueue:
     async def wait_for_work(self) -> None:
         await self._wake.wait()
         self._wake.clear()
+
+    def _check_depth(self, tenant: str) -> None:
+        """A tenant within its part of a full queue is not refused for what others have in it."""
+        waiting = self.depth + self._entering
+        if waiting < self._depth_max:
+            return
+        tenants = len(self._pending) + (tenant not in self._pending)
+        mine = len(self._pending.get(tenant, {}))
+        if mine and mine >= self._depth_max // tenants:
+            seconds = self._left.seconds_until(
+                waiting - self._depth_max + 1, now=self._clock.monotonic()
+            )
+            raise Backpressure(
+                "The job queue is full.", retry_after_seconds=seconds, queue_depth=waiting
+            )
 
     def _read(self, job_id: str) -> JobRecord:
         with self._manifest.read() as view:

@@ -5,7 +5,7 @@ It changes nothing. Each finding names the invariant (I1…) it breaks. Run it a
 directory.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,12 +98,15 @@ class Fsck:
         scratch: ScratchStore,
         quota: StorageQuota | None,
         pool: BlockingPool,
+        find_drift: Callable[[], Awaitable[list[str]]] | None = None,
     ) -> None:
+        """`find_drift` names files that the quota has wrong, or charges that have no file."""
         self._manifest = manifest
         self._remote = remote
         self._wal_root = wal_root
         self._scratch = scratch
         self._quota = quota
+        self._find_drift = find_drift
         self._pool = pool
 
     async def run(self) -> FsckReport:
@@ -117,7 +120,7 @@ class Fsck:
         await self._check_documents(seen, notes)
         await self._check_wal(seen, notes)
         await self._check_scratch(seen, notes)
-        self._check_quota(notes)
+        await self._check_quota(notes)
         return FsckReport(findings=tuple(notes.findings), checked=notes.checked)
 
     async def _check_blobs(self, seen: _Manifest, notes: _Notes) -> None:
@@ -205,7 +208,9 @@ class Fsck:
             if directory.job_id not in live:
                 notes.add("I13", f"checkpoint_scratch/{directory.job_id}", "no live job owns it")
 
-    def _check_quota(self, notes: _Notes) -> None:
+    async def _check_quota(self, notes: _Notes) -> None:
+        for drift in [] if self._find_drift is None else await self._find_drift():
+            notes.add("I9", "quota", drift)
         if self._quota is None:
             return
         try:

@@ -134,8 +134,9 @@ async def test_a_cancelled_job_in_flight_is_told_at_its_next_step(queue):
 
 async def test_a_restart_resumes_at_once_and_uses_up_no_attempt(tmp_path):
     async with opened(tmp_path) as queue:
-        await queue.enqueue(job(1), join=False)
-        waiting = await queue.enqueue(job(2), join=False)
+        first, second = sorted((job(1), job(2)), key=lambda one: one.job_id)  # as `load` has them
+        await queue.enqueue(first, join=False)
+        waiting = await queue.enqueue(second, join=False)
         claimed = await queue.claim()
         assert claimed is not None
         await queue.update(claimed, reason="t", changes={"plan": b"kept", "stage": "uploading"})
