@@ -86,8 +86,35 @@ class Drop(msgspec.Struct, frozen=True, kw_only=True, tag="drop"):
         return 0
 
 
+class MergeSource(msgspec.Struct, frozen=True, kw_only=True):
+    """A chunk row that a merged chunk takes the place of."""
+
+    chunk_id: int
+    generation: int
+    bytes: int
+    """Of its blob."""
+
+
+class MergeChunks(msgspec.Struct, frozen=True, kw_only=True, tag="merge_chunks"):
+    """append_only: adjacent small chunks become one. Records do not change."""
+
+    chunk_id: int
+    """The first source's."""
+    sources: tuple[MergeSource, ...]
+    first_lsn: int
+    last_lsn: int
+    segment_bytes: int
+    """What the merged segment takes at most."""
+    line_safe: bool
+
+    @property
+    def staged_bytes_max(self) -> int:
+        """The merged segment, and the sources' blobs where they are not at hand."""
+        return self.segment_bytes + sum(source.bytes for source in self.sources)
+
+
 PageAction = CreateDelta | RewriteBase | Drop
-ChunkAction = SealAsBase | CreateDelta | RewriteBase | Drop
+ChunkAction = SealAsBase | MergeChunks | CreateDelta | RewriteBase | Drop
 
 
 class CheckpointPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,6 +152,17 @@ class CheckpointPlan(msgspec.Struct, frozen=True, kw_only=True):
         return (*sealed, *self.covered_segments)
 
     @property
+    def leased_chunk_ids(self) -> tuple[int, ...]:
+        """The chunks that the plan changes, in order."""
+        merged = [
+            source.chunk_id
+            for action in self.actions
+            if isinstance(action, MergeChunks)
+            for source in action.sources
+        ]
+        return tuple(merged) or tuple(action.chunk_id for action in self.actions)
+
+    @property
     def target_generation(self) -> int:
         return self.expected_generation + 1
 
@@ -132,7 +170,8 @@ class CheckpointPlan(msgspec.Struct, frozen=True, kw_only=True):
         """What staging may take of the disk at most. With `links` a segment that stays as it is
         takes nothing more: its inode is paid for as WAL.
         """
-        if links and self.engine == "append_only" and self.codec == "none":
+        is_linked = all(isinstance(action, SealAsBase) for action in self.actions)
+        if links and is_linked and self.codec == "none":
             return 0
         return self.staged_bytes_max
 
@@ -144,6 +183,11 @@ class CheckpointPlan(msgspec.Struct, frozen=True, kw_only=True):
             log_container_bytes_max(action.staged_bytes_max)
             if packed and isinstance(action, SealAsBase)
             else action.staged_bytes_max
+            + (
+                log_container_bytes_max(action.segment_bytes)
+                if packed and isinstance(action, MergeChunks)
+                else 0
+            )
             for action in self.actions
         )
 

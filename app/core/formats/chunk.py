@@ -51,6 +51,7 @@ __all__ = [
     "FileDigest",
     "LogIdentity",
     "hash_file_blocking",
+    "iter_entry_blocks_blocking",
     "iter_log_blocking",
     "log_container_bytes_max",
     "plan_log_blocks",
@@ -170,6 +171,31 @@ def iter_log_blocking(path: Path) -> Iterator[bytes | memoryview]:
         for number in range(len(directory.blocks)):
             stored = _read_blocking(fd, *stored_range(directory, number, number + 1))
             yield from unpack_blocks(directory, number, number + 1, stored)
+
+
+def iter_entry_blocks_blocking(path: Path, *, codec: CodecName) -> Iterator[bytes | memoryview]:
+    """The entries of a chunk file, in blocks of whole entries; header and directory are left out.
+    The entries themselves are not checked here. Raises Damage.
+    """
+    pieces = _iter_segment_blocking(path) if codec == "none" else iter_log_blocking(path)
+    before: memoryview | None = None
+    for piece in pieces:
+        if before is not None:
+            yield before
+            before = memoryview(piece)
+        else:
+            before = memoryview(piece)[SEGMENT_HEADER_BYTES:]
+    # The last piece is the directory.
+
+
+def _iter_segment_blocking(path: Path) -> Iterator[bytes]:
+    """A sealed segment in the blocks that a container of it would have."""
+    with path.open("rb", buffering=0) as file:
+        fd, size = file.fileno(), os.fstat(file.fileno()).st_size
+        cuts = plan_log_blocks(*_read_tail_blocking(fd, size))
+        ends = [offset for _, offset in cuts[1:]] + [size]
+        for (_, start), end in zip(cuts, ends, strict=True):
+            yield _read_blocking(fd, start, end - start)
 
 
 def _find_directory_blocking(fd: int, size: int) -> ContainerDirectory:

@@ -1,0 +1,122 @@
+"""Which small chunks become one, with plain values."""
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.core.engines.append_only.coalescing import (
+    RUN_LENGTH_MAX,
+    TIER_DIVISORS,
+    pick_run,
+    plan_coalescing,
+)
+from app.core.engines.base import MergeChunks, decode_plan, encode_plan
+from app.core.stores.manifest.records import BlobRef, ChunkRecord, DatabaseRecord
+
+CHUNK_BYTES = 64 * 1024
+DATABASE = DatabaseRecord(
+    db_id=7, tenant="acme", name="log", engine="append_only", page_size=0,
+    chunk_bytes=CHUNK_BYTES, compression="zstd", created_at_us=1, generation=40, next_chunk_id=99,
+)  # fmt: skip
+
+
+def row(chunk_id: int, first: int, last: int, size: int, **changes) -> ChunkRecord:
+    made = ChunkRecord(
+        db_id=7, chunk_id=chunk_id, generation=chunk_id + 1,
+        blob=BlobRef(key=f"k{chunk_id}", sha256=bytes(32), crc64=0, bytes=size // 2),
+        first=first, last=last, visible_last=last, logical_bytes=size, count=last - first + 1,
+        line_safe=True,
+    )  # fmt: skip
+    return msgspec.structs.replace(made, **changes)
+
+
+def log_of(*sizes: int) -> list[ChunkRecord]:
+    """Ten records a chunk."""
+    return [row(n, 10 * n + 1, 10 * n + 10, size) for n, size in enumerate(sizes)]
+
+
+def picked(chunks: list[ChunkRecord]) -> list[int]:
+    return [each.chunk_id for each in pick_run(chunks, db_id=7, chunk_bytes=CHUNK_BYTES)]
+
+
+def test_a_run_is_taken_once_it_reaches_a_tier():
+    half = CHUNK_BYTES // TIER_DIVISORS[1] // 2
+    assert picked(log_of(half)) == []
+    assert picked(log_of(half, half)) == [0, 1]
+    assert picked(log_of(half, half - 1)) == []
+    assert picked(log_of(half, half, half, half)) == [0, 1], "the oldest, and no more than needed"
+
+
+def test_chunks_from_half_the_full_size_on_are_left_alone():
+    assert picked(log_of(*[CHUNK_BYTES // 2] * 10)) == []
+    nearly = CHUNK_BYTES // 2 - 1
+    assert picked(log_of(CHUNK_BYTES, nearly, nearly)) == [1, 2]
+
+
+def test_tiny_chunks_are_merged_by_their_number():
+    assert picked(log_of(*[1] * (RUN_LENGTH_MAX - 1))) == []
+    assert picked(log_of(*[1] * RUN_LENGTH_MAX)) == list(range(RUN_LENGTH_MAX))
+
+
+def test_gaps_cuts_drops_and_inherited_chunks_are_not_crossed():
+    size = CHUNK_BYTES // TIER_DIVISORS[1] * 2 // 3
+    apart = log_of(size, size)
+    assert picked(apart) == [0, 1]
+    for changes in (
+        {"first": apart[1].first + 1},
+        {"visible_last": apart[1].last - 1},
+        {"blob": None},
+        {"db_id": 3},
+    ):
+        assert picked([apart[0], msgspec.structs.replace(apart[1], **changes)]) == [], changes
+
+
+def test_the_plan_supersedes_the_sources_and_publishes_no_lsn():
+    chunks = log_of(600, 600, 9000)
+    chunks[1] = msgspec.structs.replace(chunks[1], line_safe=False)
+    plan = plan_coalescing(
+        DATABASE, chunks, published_lsn=30, checkpoint_id="0000000041-000003-01J", epoch=3
+    )
+    assert plan is not None
+    assert decode_plan(encode_plan(plan)) == plan
+    [merge] = plan.actions
+    assert isinstance(merge, MergeChunks)
+    assert (merge.chunk_id, merge.first_lsn, merge.last_lsn) == (0, 1, 20)
+    assert [(each.chunk_id, each.generation) for each in merge.sources] == [(0, 1), (1, 2)]
+    assert merge.line_safe is False
+    assert (plan.first_lsn, plan.last_lsn, plan.target_generation) == (31, 30, 41)
+    assert plan.next_chunk_id == DATABASE.next_chunk_id
+    assert plan.segment_ids == ()
+    assert plan.leased_chunk_ids == (0, 1)
+    assert (
+        plan_coalescing(DATABASE, chunks[2:], published_lsn=30, checkpoint_id="c", epoch=3) is None
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(260, 4000), min_size=200, max_size=800),
+    st.sampled_from([1, 3]),
+)
+def test_every_byte_is_rewritten_a_few_times_at_most(sizes: list[int], merges_per_chunk: int):
+    chunks: list[ChunkRecord] = []
+    rewrites: dict[int, int] = {}  # by first LSN of an original chunk
+    lsn = 1
+    for number, size in enumerate(sizes):
+        chunks.append(row(number, lsn, lsn + 9, size))
+        rewrites[lsn] = 0
+        lsn += 10
+        for _ in range(merges_per_chunk):
+            run = pick_run(chunks, db_id=7, chunk_bytes=CHUNK_BYTES)
+            if not run:
+                break
+            at = next(n for n, each in enumerate(chunks) if each.chunk_id == run[0].chunk_id)
+            assert list(run) == chunks[at : at + len(run)]
+            total = sum(each.logical_bytes for each in run)
+            assert total <= CHUNK_BYTES
+            for first in range(run[0].first, run[-1].last, 10):
+                rewrites[first] += 1
+            chunks[at : at + len(run)] = [row(run[0].chunk_id, run[0].first, run[-1].last, total)]
+    assert max(rewrites.values()) <= len(TIER_DIVISORS)
+    assert [each.first for each in chunks[1:]] == [each.last + 1 for each in chunks[:-1]]
+    assert len(chunks) <= 2 * sum(sizes) // CHUNK_BYTES + 40
