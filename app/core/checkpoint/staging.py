@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.core.base.errors import CorruptWal, StalePlan
-from app.core.engines.base import CheckpointPlan, SealAsBase
+from app.core.engines.base import CheckpointPlan, MergeChunks, SealAsBase
 from app.core.formats.chunk import hash_file_blocking, write_log_blocking
 from app.core.formats.container import LogIdentity
 from app.core.formats.damage import Damage
@@ -60,20 +60,58 @@ def stage_segment_blocking(
         if plan.codec == "none":
             verify_segment_blocking(source.path)  # damage must not get a fresh checksum (I10)
             _link_or_copy(source.path, target)
-            hashed = hash_file_blocking(target)
-            sha256, crc64, blob_bytes = hashed.sha256, hashed.crc64, hashed.bytes
-            directory_offset, directory_bytes = summary.entries_end, summary.directory_bytes
+            packed = packed_as_it_is_blocking(target, summary)
         else:
-            written = write_log_blocking(
-                source.path,
-                target,
-                codec=plan.codec,
-                identity=LogIdentity(
-                    db_id=plan.db_id, chunk_id=action.chunk_id, generation=plan.target_generation
-                ),
-            )
-            sha256, crc64, blob_bytes = written.sha256, written.crc64, written.bytes
-            directory_offset, directory_bytes = written.directory_offset, written.directory_bytes
+            packed = pack_blocking(plan, action.chunk_id, source.path, target)
+    return chunk_row(plan, action, packed, summary, scope=scope, visible_last=action.visible_last)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedChunk:
+    """A chunk file as it will be uploaded."""
+
+    sha256: bytes
+    crc64: int
+    bytes: int
+    directory_offset: int
+    directory_bytes: int
+
+
+def packed_as_it_is_blocking(path: Path, summary: SegmentSummary) -> PackedChunk:
+    """With the codec `none` the sealed segment is the chunk."""
+    hashed = hash_file_blocking(path)
+    return PackedChunk(
+        sha256=hashed.sha256, crc64=hashed.crc64, bytes=hashed.bytes,
+        directory_offset=summary.entries_end, directory_bytes=summary.directory_bytes,
+    )  # fmt: skip
+
+
+def pack_blocking(plan: CheckpointPlan, chunk_id: int, segment: Path, target: Path) -> PackedChunk:
+    """Compresses a sealed segment into `target`. Raises Damage, and OSError."""
+    written = write_log_blocking(
+        segment,
+        target,
+        codec=plan.codec,
+        identity=LogIdentity(
+            db_id=plan.db_id, chunk_id=chunk_id, generation=plan.target_generation
+        ),
+    )
+    return PackedChunk(
+        sha256=written.sha256, crc64=written.crc64, bytes=written.bytes,
+        directory_offset=written.directory_offset, directory_bytes=written.directory_bytes,
+    )  # fmt: skip
+
+
+def chunk_row(
+    plan: CheckpointPlan,
+    action: SealAsBase | MergeChunks,
+    packed: PackedChunk,
+    summary: SegmentSummary,
+    *,
+    scope: KeyScope,
+    visible_last: int | None = None,
+) -> ChunkRecord:
+    """The row to publish."""
     return ChunkRecord(
         db_id=plan.db_id,
         chunk_id=action.chunk_id,
@@ -85,18 +123,18 @@ def stage_segment_blocking(
                 checkpoint_id=plan.checkpoint_id,
                 chunk_id=action.chunk_id,
                 generation=plan.target_generation,
-                sha256_hex=sha256.hex(),
+                sha256_hex=packed.sha256.hex(),
             ),
-            sha256=sha256,
-            crc64=crc64,
-            bytes=blob_bytes,
+            sha256=packed.sha256,
+            crc64=packed.crc64,
+            bytes=packed.bytes,
         ),
         first=action.first_lsn,
         last=action.last_lsn,
-        visible_last=action.last_lsn if action.visible_last is None else action.visible_last,
+        visible_last=action.last_lsn if visible_last is None else visible_last,
         codec=plan.codec,
-        directory_offset=directory_offset,
-        directory_bytes=directory_bytes,
+        directory_offset=packed.directory_offset,
+        directory_bytes=packed.directory_bytes,
         logical_bytes=summary.segment_bytes,
         count=action.last_lsn - action.first_lsn + 1,
         line_safe=action.line_safe,

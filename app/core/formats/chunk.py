@@ -163,39 +163,42 @@ def iter_log_blocking(path: Path) -> Iterator[bytes | memoryview]:
     what came before it was right.
     """
     with path.open("rb", buffering=0) as file:
-        fd, size = file.fileno(), os.fstat(file.fileno()).st_size
-        header = parse_container_header(_read_blocking(fd, 0, min(size, CONTAINER_HEADER_BYTES)))
-        directory = _find_directory_blocking(fd, size)
-        if directory.header != header or header.kind is not ContainerKind.LOG:
-            raise Damage("header and directory are not of one log container")
-        for number in range(len(directory.blocks)):
-            stored = _read_blocking(fd, *stored_range(directory, number, number + 1))
-            yield from unpack_blocks(directory, number, number + 1, stored)
+        yield from _iter_log_blocking(file.fileno())
 
 
-def iter_entry_blocks_blocking(path: Path, *, codec: CodecName) -> Iterator[bytes | memoryview]:
-    """The entries of a chunk file, in blocks of whole entries; header and directory are left out.
-    The entries themselves are not checked here. Raises Damage.
+def _iter_log_blocking(fd: int) -> Iterator[bytes | memoryview]:
+    size = os.fstat(fd).st_size
+    header = parse_container_header(_read_blocking(fd, 0, min(size, CONTAINER_HEADER_BYTES)))
+    directory = _find_directory_blocking(fd, size)
+    if directory.header != header or header.kind is not ContainerKind.LOG:
+        raise Damage("header and directory are not of one log container")
+    for number in range(len(directory.blocks)):
+        stored = _read_blocking(fd, *stored_range(directory, number, number + 1))
+        yield from unpack_blocks(directory, number, number + 1, stored)
+
+
+def iter_entry_blocks_blocking(fd: int, *, codec: CodecName) -> Iterator[memoryview]:
+    """The entries of an open chunk file, in blocks of whole entries; header and directory are left
+    out. The entries themselves are not checked here. Raises Damage.
     """
-    pieces = _iter_segment_blocking(path) if codec == "none" else iter_log_blocking(path)
+    pieces = _iter_segment_blocking(fd) if codec == "none" else _iter_log_blocking(fd)
     before: memoryview | None = None
     for piece in pieces:
-        if before is not None:
+        if before is None:
+            before = memoryview(piece)[SEGMENT_HEADER_BYTES:]
+        else:
             yield before
             before = memoryview(piece)
-        else:
-            before = memoryview(piece)[SEGMENT_HEADER_BYTES:]
     # The last piece is the directory.
 
 
-def _iter_segment_blocking(path: Path) -> Iterator[bytes]:
+def _iter_segment_blocking(fd: int) -> Iterator[bytes]:
     """A sealed segment in the blocks that a container of it would have."""
-    with path.open("rb", buffering=0) as file:
-        fd, size = file.fileno(), os.fstat(file.fileno()).st_size
-        cuts = plan_log_blocks(*_read_tail_blocking(fd, size))
-        ends = [offset for _, offset in cuts[1:]] + [size]
-        for (_, start), end in zip(cuts, ends, strict=True):
-            yield _read_blocking(fd, start, end - start)
+    size = os.fstat(fd).st_size
+    cuts = plan_log_blocks(*_read_tail_blocking(fd, size))
+    ends = [offset for _, offset in cuts[1:]] + [size]
+    for (_, start), end in zip(cuts, ends, strict=True):
+        yield _read_blocking(fd, start, end - start)
 
 
 def _find_directory_blocking(fd: int, size: int) -> ContainerDirectory:

@@ -28,7 +28,7 @@ from app.core.formats.segment import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeInput:
-    path: Path
+    descriptor: int
     codec: CodecName
     first_lsn: int
     last_lsn: int
@@ -47,7 +47,7 @@ def merge_segments_blocking(
         for each in inputs:
             if each.first_lsn != lsn:
                 raise Damage(f"a chunk begins at LSN {each.first_lsn} instead of {lsn}")
-            for block in iter_entry_blocks_blocking(each.path, codec=each.codec):
+            for block in iter_entry_blocks_blocking(each.descriptor, codec=each.codec):
                 places = scan_record_entries(block, first_lsn=lsn)
                 for place in places:
                     index.add(

@@ -1,5 +1,9 @@
 """Chunk files of one log, joined."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
 import pytest
 
 from app.core.formats.chunk import LogIdentity, write_log_blocking
@@ -35,25 +39,38 @@ def header_of(first_lsn: int = 100) -> SegmentHeader:
     )  # fmt: skip
 
 
-def inputs_of(parts, codec, tmp_path) -> list[MergeInput]:
-    inputs = []
+def files_of(parts, codec, tmp_path) -> list[Path]:
+    files = []
     for part in parts:
         path = part.path
         if codec != "none":
             path = tmp_path / f"{part.path.name}.{codec}"
             write_log_blocking(part.path, path, codec=codec, identity=WHO)
-        inputs.append(
+        files.append(path)
+    return files
+
+
+@contextmanager
+def opened(parts, files, codec) -> Iterator[list[MergeInput]]:
+    with ExitStack() as stack:
+        yield [
             MergeInput(
-                path=path, codec=codec, first_lsn=part.first_lsn, last_lsn=part.durable_last_lsn
+                descriptor=stack.enter_context(path.open("rb")).fileno(), codec=codec,
+                first_lsn=part.first_lsn, last_lsn=part.durable_last_lsn,
             )
-        )
-    return inputs
+            for path, part in zip(files, parts, strict=True)
+        ]  # fmt: skip
+
+
+def merge(parts, files, target, *, codec="none"):
+    with opened(parts, files, codec) as inputs:
+        return merge_segments_blocking(inputs, target, header=header_of())
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd", "lz4"])
 def test_a_merged_segment_is_as_if_the_log_had_written_it(tmp_path, made, codec):
     target = tmp_path / "merged"
-    summary = merge_segments_blocking(inputs_of(made, codec, tmp_path), target, header=header_of())
+    summary = merge(made, files_of(made, codec, tmp_path), target, codec=codec)
     assert verify_segment_blocking(target) == summary
     assert (summary.first_lsn, summary.last_lsn) == (100, 100 + 905)
     assert summary.segment_bytes == target.stat().st_size
@@ -65,27 +82,27 @@ def test_a_merged_segment_is_as_if_the_log_had_written_it(tmp_path, made, codec)
 
 
 def test_the_same_sources_give_the_same_bytes_over_an_older_file(tmp_path, made):
-    inputs = inputs_of(made, "none", tmp_path)
+    files = files_of(made, "none", tmp_path)
     first, second = tmp_path / "a", tmp_path / "b"
     second.write_bytes(b"half written" * 9999)
-    merge_segments_blocking(inputs, first, header=header_of())
-    merge_segments_blocking(inputs, second, header=header_of())
+    merge(made, files, first)
+    merge(made, files, second)
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_gap_is_refused(tmp_path, made):
-    inputs = inputs_of(made, "none", tmp_path)
+    apart = [made[0], made[2]]
     with pytest.raises(Damage, match="instead of 105"):
-        merge_segments_blocking([inputs[0], inputs[2]], tmp_path / "m", header=header_of())
+        merge(apart, files_of(apart, "none", tmp_path), tmp_path / "m")
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 def test_damage_is_not_sealed_anew(tmp_path, made, codec):
-    inputs = inputs_of(made, codec, tmp_path)
-    data = bytearray(inputs[1].path.read_bytes())
+    files = files_of(made, codec, tmp_path)
+    data = files[1].read_bytes()
     for offset in (70, len(data) // 2, len(data) - 100):
         flipped = bytearray(data)
         flipped[offset] ^= 4
-        inputs[1].path.write_bytes(flipped)
+        files[1].write_bytes(flipped)
         with pytest.raises(Damage):
-            merge_segments_blocking(inputs, tmp_path / "m", header=header_of())
+            merge(made, files, tmp_path / "m", codec=codec)
