@@ -15,6 +15,7 @@ from app.core.base.errors import OwnershipLost, StartRefused
 from app.core.base.events import Events
 from app.core.checkpoint.executor import CheckpointExecutor
 from app.core.checkpoint.parts import CheckpointLimits, CheckpointParts
+from app.core.checkpoint.planning import CheckpointPlanning, CoalescingPlanning
 from app.core.checkpoint.truncation import TruncationExecutor
 from app.core.checkpoint.wal_release import WalRelease
 from app.core.coordination.bandwidth import RemoteReadLimiter
@@ -28,8 +29,10 @@ from app.core.coordination.wal_room import WalRooms
 from app.core.engines.base import DeltaLimits
 from app.core.jobs.checkpoint_requests import CheckpointRequests
 from app.core.jobs.feed import JobFeed
-from app.core.jobs.handlers.create_checkpoint import CreateCheckpoint
-from app.core.jobs.handlers.truncate_append_only import TruncateAppendOnly
+from app.core.jobs.handlers.publish_chunks import PublishChunks
+        ),
+        "truncate_append_only": TruncateAppendOnly(
+            TruncationExecutor(parts), queue, ground.manifest, clock=ground.clock, events=events
 from app.core.jobs.queue import JobQueue
 from app.core.jobs.runner import JobHandler, JobRunner, RetryPolicy
 from app.core.reads.cold_scan import ColdScanReader
@@ -62,6 +65,7 @@ from app.core.stores.manifest.ops import DropForeignLeases, ManifestBatch
 from app.core.stores.manifest.records import JobKind
 from app.core.stores.wal.store import WalStore
 from app.core.workers.change_trim import ChangeTrim
+from app.core.workers.coalescing import Coalescing
 from app.core.workers.janitor import ScratchJanitor
 from app.core.workers.job_loop import JobLoop
 from app.core.workers.lease_reaper import LeaseReaper
@@ -139,6 +143,14 @@ async def open_container(
                 clock=ground.clock,
                 events=events,
                 lease_ttl_seconds=settings.lease_ttl_seconds,
+            ),
+            Coalescing(
+                ground.manifest,
+                work.queue,
+                clock=ground.clock,
+                randomness=ground.randomness,
+                events=events,
+                deadline_seconds=settings.job_deadline_seconds,
             ),
             WalSweep(storage.release, clock=ground.clock, events=events),
             Pruning(
@@ -288,9 +300,13 @@ async def _open_work(
     )
     await queue.load()
     parts = _checkpoint_parts(ground, storage, claim, events=events)
+    limits = _checkpoint_limits(settings)
     handlers: dict[JobKind, JobHandler] = {
-        "create_checkpoint": CreateCheckpoint(
-            CheckpointExecutor(parts, _checkpoint_limits(settings))
+        "create_checkpoint": PublishChunks(
+            CheckpointExecutor(parts, limits, CheckpointPlanning(parts, limits))
+        ),
+        "coalesce_chunks": PublishChunks(
+            CheckpointExecutor(parts, limits, CoalescingPlanning(parts))
         ),
         "truncate_append_only": TruncateAppendOnly(
             TruncationExecutor(parts), queue, ground.manifest, clock=ground.clock, events=events

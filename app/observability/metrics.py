@@ -31,6 +31,7 @@ _SLOW_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600,
 _HTTP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 _BYTES_PER_SECOND = (1e5, 1e6, 5e6, 1e7, 2.5e7, 5e7, 1e8, 2.5e8, 5e8, 1e9, 2e9)
 _CHAIN = (0, 1, 2, 3, 4, 6, 8, 12)
+_SIZES = tuple(float(1 << power) for power in range(10, 31, 2))
 _RATIO = (0.5, 0.75, 1, 1.25, 1.5, 2, 3, 5, 10, 25, 50, 100)
 
 Fields = Mapping[str, object]
@@ -46,7 +47,7 @@ class Metrics:
         self._handlers: Mapping[str, Callable[[Fields], None]] = {
             "checkpoint.completed": self._on_checkpoint_completed,
             "checkpoint.published": self._on_checkpoint_published,
-            "checkpoint.unchanged": lambda _: self._ended("no_changes"),
+            "checkpoint.unchanged": lambda fields: self._on_job_ended("no_changes", fields),
             "job.failed": lambda fields: self._on_job_ended("failed", fields),
             "job.cancelled": lambda fields: self._on_job_ended("cancelled", fields),
             "job.retrying": self._on_job_retrying,
@@ -121,6 +122,15 @@ class Metrics:
         )
         self.delta_chain_length = self._histogram(
             "delta_chain_length", "Deltas over the base of a chunk after a checkpoint.", _CHAIN
+        )
+        self.chunk_bytes = self._histogram(
+            "chunk_bytes", "Size of the blobs that were published, by chunk.", _SIZES
+        )
+        self.coalesced_chunks_total = self._counter(
+            "coalesced_chunks_total", "Small append-only chunks that were merged into larger ones."
+        )
+        self.coalesced_bytes_total = self._counter(
+            "coalesced_bytes_total", "Bytes that merging small chunks uploaded again."
         )
         self.storage_quota_exhausted_total = self._counter(
             "storage_quota_exhausted_total", "Reservations refused for want of quota."
@@ -236,11 +246,19 @@ class Metrics:
         self.checkpoints_total.labels(outcome).inc()
 
     def _on_checkpoint_published(self, fields: Fields) -> None:
+        for size in _numbers(fields.get("chunk_bytes")):
+            self.chunk_bytes.observe(size)
+        if fields.get("kind") == "coalesce_chunks":
+            self.coalesced_chunks_total.inc(_number(fields.get("merged_chunks")) or 0)
+            return
         self._ended("published")
         for length in _numbers(fields.get("delta_chain_lengths")):
             self.delta_chain_length.observe(length)
 
     def _on_checkpoint_completed(self, fields: Fields) -> None:
+        if fields.get("kind") == "coalesce_chunks":
+            self.coalesced_bytes_total.inc(_number(fields.get("bytes_uploaded")) or 0)
+            return
         if (seconds := _number(fields.get("seconds"))) is not None:
             self.checkpoint_duration_seconds.observe(seconds)
         uploaded = _number(fields.get("bytes_uploaded"))

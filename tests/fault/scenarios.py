@@ -3,6 +3,12 @@
 from tests.helpers.registry import failpoints_in
 
 ELSEWHERE: dict[str, str] = {
+    "coalesce.after_fetch": (
+        "tests/integration/test_coalescing.py::test_kill_while_chunks_are_merged"
+    ),
+    "coalesce.mid_write": (
+        "tests/integration/test_coalescing.py::test_kill_while_chunks_are_merged"
+    ),
     "stage.mid_write": (
         "tests/fault/test_scratch_crash.py::test_a_file_cut_short_by_a_crash_never_takes_its_name"
     ),

@@ -24,10 +24,11 @@ from app.core.checkpoint.intents import (
     staged_name,
 )
 from app.core.checkpoint.job_hold import JobHold
+from app.core.checkpoint.merge_staging import MergeStaging
 from app.core.checkpoint.page_staging import PageStaging
 from app.core.checkpoint.parts import CheckpointLimits, CheckpointParts, job_fields
 from app.core.checkpoint.staging import KeyScope, SegmentSource, stage_segment_blocking
-from app.core.engines.base import CheckpointPlan, ChunkAction, SealAsBase
+from app.core.engines.base import CheckpointPlan, ChunkAction, MergeChunks, SealAsBase
 from app.core.stores.local.scratch import ScratchDir
 from app.core.stores.remote.protocol import FileBody, RemoteStore
 
@@ -46,7 +47,7 @@ class BlobMaking:
         remote = parts.remote()
         directory = await parts.scratch.create(hold.job.job_id)
         known = {row_of(intent).chunk_id for intent in hold.job.intents if intent.uploaded}
-        async with self._stager(hold, plan) as stage_file:
+        async with self._stager(hold, plan, directory) as stage_file:
             pipeline = BlobPipeline(
                 stage=lambda action: stage_file(action, _staged_file(directory, action.chunk_id)),
                 upload=lambda row: self._upload(hold, remote, directory, row),
@@ -62,7 +63,7 @@ class BlobMaking:
 
     @asynccontextmanager
     async def _stager(
-        self, hold: JobHold, plan: CheckpointPlan
+        self, hold: JobHold, plan: CheckpointPlan, directory: ScratchDir
     ) -> AsyncIterator[Callable[[ChunkAction, Path], Awaitable[StagedRow]]]:
         """How this plan's actions are turned into files."""
         parts, job = self._parts, hold.job
@@ -79,10 +80,19 @@ class BlobMaking:
             )
 
         if plan.engine == "append_only":
+            merging = MergeStaging(
+                plan=plan, manifest=parts.manifest, hot_cache=parts.hot_cache,
+                remote=parts.remote, scratch=directory, pool=parts.pool, scope=scope,
+            )  # fmt: skip
 
             async def stage_record_chunk(action: ChunkAction, target: Path) -> StagedRow:
-                assert isinstance(action, SealAsBase)
-                return await stage_segment(action, target)
+                match action:
+                    case SealAsBase():
+                        return await stage_segment(action, target)
+                    case MergeChunks():
+                        return await merging.stage(action, target)
+                    case _:
+                        raise InvariantViolation("a page action in a plan of records")
 
             yield stage_record_chunk
             return
@@ -95,7 +105,7 @@ class BlobMaking:
             pages.check()
 
             async def stage_page_chunk(action: ChunkAction, target: Path) -> StagedRow:
-                assert not isinstance(action, SealAsBase)
+                assert not isinstance(action, SealAsBase | MergeChunks)
                 return await pages.stage(action, target)
 
             yield stage_page_chunk

@@ -29,9 +29,9 @@ from app.core.checkpoint.intents import (
     staged_name,
 )
 from app.core.checkpoint.job_hold import JobHold
-from app.core.checkpoint.outcome import delta_chain_lengths, result_of
+from app.core.checkpoint.outcome import delta_chain_lengths, merged_chunks, result_of
 from app.core.checkpoint.parts import CheckpointLimits, CheckpointParts, job_fields
-from app.core.checkpoint.planning import CheckpointPlanning
+from app.core.checkpoint.planning import Planning
 from app.core.checkpoint.publication import publication_batch
 from app.core.coordination.leases import keep_leases
 from app.core.coordination.quota import Reservation
@@ -57,10 +57,14 @@ REPLANS_MAX = 5
 
 
 class CheckpointExecutor:
-    def __init__(self, parts: CheckpointParts, limits: CheckpointLimits) -> None:
+    """`planning` says what is done: `CheckpointPlanning`, or `CoalescingPlanning`."""
+
+    def __init__(
+        self, parts: CheckpointParts, limits: CheckpointLimits, planning: Planning
+    ) -> None:
         self._parts = parts
         self._limits = limits
-        self._planning = CheckpointPlanning(parts, limits)
+        self._planning = planning
         self._blobs = BlobMaking(parts, limits)
         self._reservations: dict[str, Reservation] = {}
 
@@ -124,9 +128,7 @@ class CheckpointExecutor:
     @contextmanager
     def _told_to_caches(self, hold: JobHold, plan: CheckpointPlan) -> Iterator[None]:
         cache = self._parts.pages.cache
-        scope = CheckpointScope(
-            db_id=plan.db_id, chunk_ids=tuple(action.chunk_id for action in plan.actions)
-        )
+        scope = CheckpointScope(db_id=plan.db_id, chunk_ids=plan.leased_chunk_ids)
         cache.checkpoint_started(scope)
         try:
             yield
@@ -146,10 +148,9 @@ class CheckpointExecutor:
         self, hold: JobHold
     ) -> tuple[CheckpointPlan, tuple[tuple[int, int], ...]] | None:
         """The persisted plan, or a new one, with its leases taken in the same commit."""
-        parts, job = self._parts, hold.job
+        job = hold.job
         if job.plan is None:
             failpoints.fp("job.before_plan")
-            await parts.wal.log(job.db_id).seal()
             plan = await self._planning.decide(job)
             if plan is None:
                 return None
@@ -169,22 +170,20 @@ class CheckpointExecutor:
             ops=tuple(
                 AcquireLease(
                     db_id=plan.db_id,
-                    chunk_id=action.chunk_id,
+                    chunk_id=chunk_id,
                     generation=plan.target_generation,
                     job_id=job.job_id,
                     ttl_seconds=self._limits.lease_ttl_seconds,
                 )
-                for action in plan.actions
+                for chunk_id in plan.leased_chunk_ids
             ),
             preconditions=(
                 ExpectGeneration(db_id=plan.db_id, generation=plan.expected_generation),
             ),
         )
         failpoints.fp("job.after_plan")
-        tokens = receipt.results[: len(plan.actions)]
-        return plan, tuple(
-            (action.chunk_id, token) for action, token in zip(plan.actions, tokens, strict=True)
-        )
+        tokens = receipt.results[: len(plan.leased_chunk_ids)]
+        return plan, tuple(zip(plan.leased_chunk_ids, tokens, strict=True))
 
     async def _reserve(self, hold: JobHold, plan: CheckpointPlan) -> None:
         await hold.update(reason="checkpoint.reserving", changes={"stage": "reserving"})
@@ -194,7 +193,7 @@ class CheckpointExecutor:
             tenant=job.tenant,
             job_id=job.job_id,
             size_bytes=plan.room_bytes(links=parts.scratch_links),
-            drain=True,
+            drain=plan.frees_wal,
         )
         failpoints.fp("quota.after_reserve")
 
@@ -258,6 +257,8 @@ class CheckpointExecutor:
             first_lsn=plan.first_lsn,
             last_lsn=plan.last_lsn,
             chunks=len(plan.actions),
+            chunk_bytes=[blob.bytes for blob in blobs_of(rows_of(job.intents))],
+            merged_chunks=merged_chunks(plan),
             delta_chain_lengths=delta_chain_lengths(plan),
             **job_fields(hold.job),
         )

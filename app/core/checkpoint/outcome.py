@@ -4,12 +4,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from app.core.checkpoint.intents import StagedRow, blob_bytes
-from app.core.engines.base import CheckpointPlan, ChunkAction, CreateDelta, Drop, RewriteBase
+from app.core.engines.base import (
+    CheckpointPlan,
+    ChunkAction,
+    CreateDelta,
+    Drop,
+    MergeChunks,
+    RewriteBase,
+)
 
 _NAMES: dict[type[ChunkAction], str] = {
     CreateDelta: "create_delta",
     RewriteBase: "rewrite_base",
     Drop: "drop",
+    MergeChunks: "merge_chunks",
 }
 
 
@@ -47,3 +55,8 @@ def delta_chain_lengths(plan: CheckpointPlan) -> list[int]:
             case _:
                 pass
     return lengths
+
+
+def merged_chunks(plan: CheckpointPlan) -> int:
+    """How many chunks became one."""
+    return sum(len(one.sources) for one in plan.actions if isinstance(one, MergeChunks))

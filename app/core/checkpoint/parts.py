@@ -56,6 +56,7 @@ class CheckpointParts:
 def job_fields(job: JobRecord) -> dict[str, object]:
     return {
         "job_id": job.job_id,
+        "kind": job.kind,
         "tenant": job.tenant,
         "database": job.database,
         "db_id": job.db_id,

@@ -6,15 +6,23 @@ Cancellation: at any await; nothing is written. Crash: the same.
 """
 
 from dataclasses import replace
+from typing import Protocol
 
 from app.core.base.errors import InvariantViolation
 from app.core.base.ids import JobId, checkpoint_id
 from app.core.checkpoint.page_planning import PlanningParts, committed_segments, load_changes
 from app.core.checkpoint.parts import CheckpointLimits, CheckpointParts
 from app.core.coordination.flags import flags_of
+from app.core.engines.append_only.coalescing import plan_coalescing
 from app.core.engines.base import CheckpointPlan, PageChanges, PlannerContext, SegmentView
 from app.core.engines.planning import plan_checkpoint
 from app.core.stores.manifest.records import JobRecord
+
+
+class Planning(Protocol):
+    async def decide(self, job: JobRecord) -> CheckpointPlan | None:
+        """None: there is nothing to do."""
+        ...
 
 
 class CheckpointPlanning:
@@ -27,8 +35,11 @@ class CheckpointPlanning:
         )  # fmt: skip
 
     async def decide(self, job: JobRecord) -> CheckpointPlan | None:
-        """None: nothing has changed. Raises CorruptWal, CorruptBlob, RemoteUnavailable."""
+        """Seals the WAL first, so that what is planned no longer moves. None: nothing has changed.
+        Raises CorruptWal, CorruptBlob, RemoteUnavailable.
+        """
         parts = self._parts
+        await parts.wal.log(job.db_id).seal()
         segments = [
             info for info in parts.wal.log(job.db_id).sealed_segments() if info.state == "sealed"
         ]
@@ -71,4 +82,31 @@ class CheckpointPlanning:
                 pages=changes,
                 limits=replace(self._limits.deltas, enabled=with_deltas),
             )
+        )
+
+
+class CoalescingPlanning:
+    """What merging small chunks does; the WAL is not looked at."""
+
+    def __init__(self, parts: CheckpointParts) -> None:
+        self._parts = parts
+
+    async def decide(self, job: JobRecord) -> CheckpointPlan | None:
+        epoch = self._parts.ownership.epoch
+        with self._parts.manifest.read() as view:
+            database = view.database(job.db_id)
+            if database is None or database.state != "active":
+                return None
+            latest = view.generation(job.db_id, database.generation)
+            chunks = view.chunk_view(job.db_id, database.generation)
+        if latest is None:
+            return None
+        return plan_coalescing(
+            database,
+            chunks,
+            published_lsn=latest.last_lsn,
+            checkpoint_id=checkpoint_id(
+                generation=database.generation + 1, epoch=epoch, job_id=JobId(job.job_id)
+            ),
+            epoch=epoch,
         )

@@ -4,7 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from app.core.checkpoint.intents import StagedRow, blob_bytes
-from app.core.engines.base import CheckpointPlan, ChunkAction, CreateDelta, Drop, RewriteBase
+from app.core.engines.base import (
+    CheckpointPlan,
+    ChunkAction,
+    CreateDelta,
+    Drop,
+    MergeChunks,
+    RewriteBase,
+)
 from app.core.stores.manifest.ops import (
     CoverSegment,
     ExpectEpoch,
@@ -90,6 +97,7 @@ def publication_batch(
 
 def _superseded(plan: CheckpointPlan, action: ChunkAction) -> list[Op]:
     """The rows whose time ends with the new generation."""
+    at, db_id, chunk_id = plan.target_generation, plan.db_id, action.chunk_id
     base: int | None = None
     deltas: tuple[int, ...] = ()
     match action:
@@ -97,9 +105,15 @@ def _superseded(plan: CheckpointPlan, action: ChunkAction) -> list[Op]:
             base, deltas = action.supersedes_base, action.supersedes_deltas
         case CreateDelta():
             deltas = action.merges
+        case MergeChunks():
+            return [
+                SupersedeChunk(
+                    db_id=db_id, chunk_id=one.chunk_id, generation=one.generation, superseded_at=at
+                )
+                for one in action.sources
+            ]
         case _:
             pass
-    at, db_id, chunk_id = plan.target_generation, plan.db_id, action.chunk_id
     ops: list[Op] = [
         SupersedeChunkDelta(db_id=db_id, chunk_id=chunk_id, generation=one, superseded_at=at)
         for one in deltas

@@ -152,6 +152,10 @@ class CheckpointPlan(msgspec.Struct, frozen=True, kw_only=True):
         return (*sealed, *self.covered_segments)
 
     @property
+    def frees_wal(self) -> bool:
+        return not any(isinstance(action, MergeChunks) for action in self.actions)
+
+    @property
     def leased_chunk_ids(self) -> tuple[int, ...]:
         """The chunks that the plan changes, in order."""
         merged = [

@@ -24,6 +24,7 @@ JobKind = Literal[
     "verify_manifest",
     "download_checkpoint",
     "prune_checkpoint",
+    "coalesce_chunks",
 ]
 JobState = Literal["pending", "in_flight", "completed", "failed", "cancelled"]
 JobStage = Literal[
@@ -36,7 +37,7 @@ JobStage = Literal[
     "publishing",
 ]
 MUTATING_KINDS: frozenset[JobKind] = frozenset(
-    {"create_checkpoint", "truncate_append_only", "prune_checkpoint"}
+    {"create_checkpoint", "truncate_append_only", "prune_checkpoint", "coalesce_chunks"}
 )
 ENDED_STATES: frozenset[JobState] = frozenset({"completed", "failed", "cancelled"})
 

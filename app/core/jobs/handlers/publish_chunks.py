@@ -1,4 +1,6 @@
-"""The `create_checkpoint` job: a thin hold between the runner and the executor."""
+"""Jobs that publish chunks, `create_checkpoint` and `coalesce_chunks`: a thin hold between the
+runner and the executor.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +10,7 @@ from app.core.jobs.runner import JobContext
 from app.core.stores.manifest.ops import Op
 
 
-class CreateCheckpoint:
+class PublishChunks:
     def __init__(self, executor: CheckpointExecutor) -> None:
         self._executor = executor
 
