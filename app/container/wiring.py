@@ -30,9 +30,7 @@ from app.core.engines.base import DeltaLimits
 from app.core.jobs.checkpoint_requests import CheckpointRequests
 from app.core.jobs.feed import JobFeed
 from app.core.jobs.handlers.publish_chunks import PublishChunks
-        ),
-        "truncate_append_only": TruncateAppendOnly(
-            TruncationExecutor(parts), queue, ground.manifest, clock=ground.clock, events=events
+from app.core.jobs.handlers.truncate_append_only import TruncateAppendOnly
 from app.core.jobs.queue import JobQueue
 from app.core.jobs.runner import JobHandler, JobRunner, RetryPolicy
 from app.core.reads.cold_scan import ColdScanReader

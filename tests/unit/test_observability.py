@@ -154,9 +154,16 @@ def test_every_planned_metric_shows_before_anything_happened():
 def test_events_become_metrics():
     metrics = Metrics()
     events = Events(metrics.sink)
-    events.info("checkpoint.published", delta_chain_lengths=[1, 3])
-    events.info("checkpoint.completed", seconds=2.0, bytes_uploaded=300, bytes_dirtied=100)
-    events.info("checkpoint.unchanged")
+    checkpoint, coalescing = {"kind": "create_checkpoint"}, {"kind": "coalesce_chunks"}
+    events.info(
+        "checkpoint.published", delta_chain_lengths=[1, 3], chunk_bytes=[100, 200], **checkpoint
+    )
+    events.info(
+        "checkpoint.completed", seconds=2.0, bytes_uploaded=300, bytes_dirtied=100, **checkpoint
+    )
+    events.info("checkpoint.published", merged_chunks=8, chunk_bytes=[900], **coalescing)
+    events.info("checkpoint.completed", seconds=9.0, bytes_uploaded=900, **coalescing)
+    events.info("checkpoint.unchanged", **checkpoint)
     events.error("job.failed", kind="create_checkpoint")
     events.info("job.cancelled", kind="create_checkpoint")
     events.error("job.failed", kind="verify_manifest")
@@ -178,6 +185,9 @@ def test_events_become_metrics():
     assert sample(metrics, "checkpoint_bytes_uploaded_total") == 300
     assert sample(metrics, "write_amplification_sum") == 3.0
     assert sample(metrics, "delta_chain_length_count") == 2
+    assert sample(metrics, "chunk_bytes_sum") == 1200
+    assert sample(metrics, "coalesced_chunks_total") == 8
+    assert sample(metrics, "coalesced_bytes_total") == 900
     assert sample(metrics, "job_retries_total") == 1
     assert sample(metrics, "storage_quota_exhausted_total") == 1
     assert sample(metrics, "page_fetch_latency_seconds_count", tier="local") == 1
