@@ -67,9 +67,16 @@ class BopClient:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         # a proxy of the environment never stands between a host and its own loopback
         trust_env = url.host not in _LOOPBACK
+        has_tls = (
+            url.scheme == "https"
+        )  # reading certificates takes time, which http can do without
         any_transport: object = transport  # httpx's own for tests serve both sorts of client
         self._http = httpx.AsyncClient(
-            base_url=url, headers=headers, transport=transport, trust_env=trust_env
+            base_url=url,
+            headers=headers,
+            transport=transport,
+            trust_env=trust_env,
+            verify=has_tls,
         )
         calls = Calls(
             self._http,
@@ -88,6 +95,7 @@ class BopClient:
                 headers=headers,
                 transport=any_transport if isinstance(any_transport, httpx.BaseTransport) else None,
                 trust_env=trust_env,
+                verify=has_tls,
             ),
         )
         self.checkpoints = Checkpoints(calls)

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from app.client import BopClient
 from app.replication.events import Event, Status, Tell
-from app.replication.follower import Follower, Refused, Target
+from app.replication.follower import Follower
 from app.replication.notify import Notifier
 from app.replication.plan import Limits
+from app.replication.replica import Refused, Target
 from app.replication.source import file_id
 from app.replication.targets import DirectoryRule, Found, Rule, directories, find_targets_blocking
 
@@ -56,6 +57,10 @@ class Fleet:
     def statuses(self) -> dict[str, Status]:
         """By the databases' names."""
         return {each.target.name: each.status for each in self._followers.values()}
+
+    @property
+    def followers(self) -> list[Follower]:
+        return list(self._followers.values())
 
     @property
     def targets(self) -> list[Target]:

@@ -78,6 +78,8 @@ class View:
     image_reason: str | None = None
     confirmed: Position | None = None
     """The last place that the service said it has: it is there, or further on."""
+    quiet: bool = False
+    """Nothing has come for a while, and nobody looks again soon."""
     waited_for: bool = False
     """Another process keeps writers out until it has the log for itself (a sqlite_checkpoint that
     restarts or truncates it), which the lock is in the way of.
@@ -213,7 +215,7 @@ def _same_log(view: View, position: Position, limits: Limits) -> Action:
         return SqliteCheckpoint(position.offset)
     if unsent > 0:
         return SendWal(position.offset, log.end, None)
-    if _is_in_the_way(view):
+    if _is_in_the_way(view) or _is_idle_in_the_way(view):
         return StepAside(position.offset)
     return Wait(caught_up=True)
 
@@ -238,6 +240,16 @@ def _is_in_the_way(view: View) -> bool:
     log, lock = view.log, view.lock
     free = lock is not None and lock.end == log.end and lock.backfilled == log.frames
     return view.waited_for and not free
+
+
+def _is_idle_in_the_way(view: View) -> bool:
+    """Whoever waits for an idle log tells nobody, as long as the lock keeps it from writing to the
+    database file. So the lock moves to the end of the log once it is quiet, and off a copied one.
+    """
+    log, lock = view.log, view.lock
+    if lock is None or (lock.salts, lock.end) != (log.salts, log.end):
+        return view.quiet
+    return lock.backfilled < log.backfilled == log.frames
 
 
 def _is_checkpoint_due(view: View, limits: Limits) -> bool:

@@ -292,20 +292,24 @@ class Source:
     def read_image_blocking(self, image: Image, offset: int) -> bytes:
         """At most a piece of it; nothing at its end. The lock is held since `image` was made."""
         assert self.lock is not None, "an image is as good as its lock"
-        page_size = image.log.page_size
         count = min(PIECE_BYTES, image.content_bytes - offset)
-        data = bytearray(_read_whole(self._database_fd, count, offset))
+        data = _read_whole(self._database_fd, count, offset)
         # a page behind the end of the file reads as zeros, as it does in SQLite
-        data.extend(bytes(count - len(data)))
-        if image.frames_of_pages:
-            first = offset // page_size + 1
-            for page_no in range(first, first + count // page_size):
-                frame = image.frames_of_pages.get(page_no)
-                if frame is not None:
-                    at = LOG_HEADER_BYTES + frame * image.log.frame_bytes + FRAME_HEADER_BYTES
-                    start = (page_no - first) * page_size
-                    data[start : start + page_size] = _read_whole(self._log_fd, page_size, at)
-        return bytes(data)
+        data += bytes(count - len(data))
+        return self._with_frames(data, image, offset) if image.frames_of_pages else data
+
+    def _with_frames(self, data: bytes, image: Image, offset: int) -> bytes:
+        """Pages that have one stand in the log."""
+        page_size = image.log.page_size
+        newest = bytearray(data)
+        first = offset // page_size + 1
+        for page_no in range(first, first + len(data) // page_size):
+            frame = image.frames_of_pages.get(page_no)
+            if frame is not None:
+                at = LOG_HEADER_BYTES + frame * image.log.frame_bytes + FRAME_HEADER_BYTES
+                start = (page_no - first) * page_size
+                newest[start : start + page_size] = _read_whole(self._log_fd, page_size, at)
+        return bytes(newest)
 
     # --- inside
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.replication.follower import Target
+from app.replication.replica import Target
 from app.replication.source import MAGIC, SIDE_FILES, FileId, file_id
 
 DEFAULT_PATTERN = "*.db"

@@ -22,6 +22,7 @@ import pytest
 from app.client import BopClient, RetryPolicy
 from app.replication.events import Event
 from app.replication.fleet import Fleet
+from app.replication.follower import IDLE_SECONDS
 from app.replication.plan import MIB, Limits
 from app.replication.targets import rule_for
 from tests.helpers import sqlite_writer
@@ -336,7 +337,7 @@ async def test_a_log_beyond_its_bound_is_let_go_and_an_image_follows(
 
 TRUNCATE = """
 import sqlite3, sys
-connection = sqlite3.connect(sys.argv[1], timeout=60)
+connection = sqlite3.connect(sys.argv[1], timeout=float(sys.argv[2]))
 print(connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
 """
 
@@ -355,7 +356,7 @@ async def test_an_application_gets_its_log_though_the_service_is_away(
             stub.stop()
             application.execute("INSERT INTO done VALUES (3, 0)")
             await wait_until(lambda: following.fleet.statuses[NAME].away)
-            truncating = Process(tmp_path / "truncating", "-c", TRUNCATE, str(database))
+            truncating = Process(tmp_path / "truncating", "-c", TRUNCATE, str(database), "60")
             processes.append(truncating)
             assert await asyncio.to_thread(truncating.wait) == 0
             assert truncating.lines() == ["0"], "it was not refused as busy"
@@ -364,6 +365,31 @@ async def test_an_application_gets_its_log_though_the_service_is_away(
             stub.start()
             await wait_until(lambda: committed(stub) == 4, timeout=30)
     assert "let_go" not in following.kinds()
+    assert stub.databases[NAME].images == 1, following.reasons()
+    assert_equal(stub, database)
+
+
+async def test_an_application_gets_its_log_from_an_idle_follower_at_once(
+    tmp_path, database, stub, processes
+):
+    """Though nothing wakes it: an application that waits for a log writes nothing."""
+    with closing(sqlite3.connect(database, isolation_level=None)) as application:
+        application.execute("PRAGMA wal_autocheckpoint=0")
+        async with followed(database, stub.url) as following:
+            await wait_until(lambda: "caught_up" in following.kinds())
+            for tx in (1, 2):
+                application.execute("INSERT INTO done VALUES (?, 0)", (tx,))
+                await wait_until(lambda tx=tx: committed(stub) == tx)
+            (follower,) = following.fleet.followers
+            await wait_until(lambda: follower.is_idle, timeout=30)
+            truncating = Process(
+                tmp_path / "truncating", "-c", TRUNCATE, str(database), str(IDLE_SECONDS / 2)
+            )
+            processes.append(truncating)
+            assert await asyncio.to_thread(truncating.wait) == 0
+            assert truncating.lines() == ["0"], "it was not refused as busy"
+            application.execute("INSERT INTO done VALUES (3, 0)")
+            await wait_until(lambda: committed(stub) == 3)
     assert stub.databases[NAME].images == 1, following.reasons()
     assert_equal(stub, database)
 

@@ -223,5 +223,21 @@ def test_what_cannot_be_carried_is_let_go_for_who_waits(confirmed):
     assert decide(replace(away, confirmed=sent(8)), limits) == StepAside(at(8))
 
 
+def test_an_idle_lock_moves_out_of_the_way():
+    """Who waits for it then has something to write, which wakes the follower."""
+    behind = view(position=sent(10), lock=log(frames=4))
+    assert decide(behind, LIMITS) == Wait(caught_up=True)
+    assert decide(replace(behind, quiet=True), LIMITS) == StepAside(at(10))
+    there = view(position=sent(10), lock=log(), quiet=True)
+    assert decide(there, LIMITS) == Wait(caught_up=True)
+
+
+def test_a_lock_does_not_stay_on_a_log_that_somebody_has_copied():
+    copied = view(position=sent(10), lock=log(), log=log(backfilled=10))
+    assert decide(copied, LIMITS) == StepAside(at(10))
+    assert decide(replace(copied, lock=log(backfilled=10)), LIMITS) == Wait(caught_up=True)
+    assert decide(replace(copied, log=log(backfilled=9)), LIMITS) == Wait(caught_up=True)
+
+
 def sent(frames):
     return Position(last_lsn=50, salts=OLD, offset=at(frames))
