@@ -1,4 +1,4 @@
-"""`databases` and `generations`."""
+"""`databases`."""
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -6,11 +6,11 @@ import typer
 
 from app.cli.screen import Column, Screen
 from app.cli.session import parse_name, parse_tenant, session_of
-from app.cli.units import bytes_text, count_text, lsns_text, time_text
+from app.cli.units import bytes_text, count_text, lsns_text, seconds_text, time_text
 
 if TYPE_CHECKING:
     from app.client import BopClient
-    from app.client.wire import Database, Generation
+    from app.client.wire import Database, Retention
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Create databases and look at them."
@@ -115,46 +115,6 @@ def acknowledge_loss(context: typer.Context, name: DatabaseArgument) -> None:
     show_database(session.screen, found)
 
 
-def list_generations(
-    context: typer.Context, name: DatabaseArgument, limit: LimitOption = None
-) -> None:
-    """List a database's generations, oldest first."""
-    session = session_of(context)
-    tenant, database = parse_name(name)
-
-    async def work(client: "BopClient") -> "list[Generation]":
-        return [one async for one in client.databases.generations(tenant, database, limit=limit)]
-
-    found = session.run(work)
-    if session.screen.as_json:
-        session.screen.document({"items": found})
-        return
-    session.screen.table(
-        [
-            Column(name="GENERATION", right=True),
-            Column(name="CREATED"),
-            Column(name="LSNS"),
-            Column(name="CHUNKS", right=True),
-            Column(name="DELTAS", right=True),
-            Column(name="UPLOADED", right=True),
-            Column(name="SUPERSEDED"),
-        ],
-        [
-            [
-                str(one.generation),
-                time_text(one.created_at),
-                lsns_text(one.first_lsn, one.last_lsn),
-                count_text(one.base_chunks),
-                count_text(one.delta_chunks),
-                bytes_text(one.bytes_uploaded),
-                time_text(one.superseded_at),
-            ]
-            for one in found
-        ],
-        empty=f"{name} has no generation yet; make one with 'bop-checkpoint checkpoint {name}'.",
-    )
-
-
 def show_database(screen: Screen, found: "Database") -> None:
     if screen.as_json:
         screen.document(found)
@@ -176,7 +136,21 @@ def show_database(screen: Screen, found: "Database") -> None:
         facts["Lost from LSN"] = str(found.health.lost_from_lsn)
     if found.page_size is not None:
         facts["Pages"] = f"{count_text(found.page_count)} of {bytes_text(found.page_size)}"
+    if found.earliest_generation is not None:
+        span = f"{found.earliest_generation} to {found.latest_generation}"
+        facts["Restorable"] = f"generations {span}"
+    if found.retention is not None:
+        facts["Retention"] = _retention_text(found.retention)
     if found.forked_from is not None:
         parent = found.forked_from
         facts["Forked from"] = f"{parent.tenant}/{parent.database}@{parent.generation}"
     screen.facts(facts)
+
+
+def _retention_text(rules: "Retention") -> str:
+    kept = [f"at least {rules.minimum_generations}"]
+    if rules.keep_generations is not None:
+        kept.append(f"the newest {rules.keep_generations}")
+    if rules.keep_seconds is not None:
+        kept.append(f"the last {seconds_text(rules.keep_seconds)}")
+    return ", ".join(kept)

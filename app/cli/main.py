@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from app.cli import (
     databases,
     demo,
+    history,
     jobs,
     operations,
     records,
@@ -134,7 +135,10 @@ app.command("replicate", rich_help_panel="Data")(replicate.replicate)
 app.command("restore", rich_help_panel="Data")(restore.restore)
 app.command("checkpoint", rich_help_panel="Checkpoints")(jobs.checkpoint)
 app.command("truncate", rich_help_panel="Checkpoints")(truncations.truncate)
-app.command("generations", rich_help_panel="Checkpoints")(databases.list_generations)
+app.command("generations", rich_help_panel="Checkpoints")(history.list_generations)
+app.add_typer(history.snapshots, name="snapshots", rich_help_panel="Checkpoints")
+app.command("fork", rich_help_panel="Checkpoints")(history.fork)
+databases.app.command("update")(history.update)
 app.add_typer(jobs.app, name="jobs", rich_help_panel="Checkpoints")
 app.add_typer(operations.leases, name="leases", rich_help_panel="Operations")
 app.add_typer(operations.manifest, name="manifest", rich_help_panel="Operations")

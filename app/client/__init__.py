@@ -24,6 +24,7 @@ from app.client.failures import (
     StreamBroken,
     UnexpectedAnswer,
 )
+from app.client.history import History
 from app.client.images import Images
 from app.client.jobs import Checkpoints, Jobs
 from app.client.libsql import Libsql
@@ -88,6 +89,7 @@ class BopClient:
         self.databases = Databases(calls)
         self.records = Records(calls, self.databases)
         self.libsql = Libsql(calls)
+        self.history = History(calls)
         self.images = Images(
             calls,
             lambda: httpx.Client(

@@ -89,6 +89,14 @@ class Generation(Answer, frozen=True):
     verified_at: datetime | None
 
 
+class Snapshot(Answer, frozen=True):
+    name: str
+    generation: int
+    last_lsn: int
+    page_count: int
+    created_at: datetime
+
+
 class Progress(Answer, frozen=True):
     staged_chunks: int
     uploaded_blobs: int

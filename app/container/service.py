@@ -12,6 +12,7 @@ from app.core.services.checkpoints import Checkpoints
 from app.core.services.cold_scans import ColdScans
 from app.core.services.databases import Databases
 from app.core.services.debugging import Debugging
+from app.core.services.forks import Forks
 from app.core.services.history import History
 from app.core.services.idempotency import Idempotency
 from app.core.services.images import Images
@@ -19,6 +20,7 @@ from app.core.services.jobs import Jobs
 from app.core.services.pages import Pages
 from app.core.services.pages_in import PagesIn
 from app.core.services.records import Records
+from app.core.services.snapshots import Snapshots
 from app.core.services.tenants import Tenants
 from app.core.services.truncations import Truncations
 from app.core.services.upkeep import Upkeep
@@ -40,6 +42,8 @@ class Services:
     truncations: Truncations
     jobs: Jobs
     history: History
+    snapshots: Snapshots
+    forks: Forks
     change_feed: ChangeFeed
     debugging: Debugging
     idempotency: Idempotency

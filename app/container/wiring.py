@@ -11,9 +11,11 @@ from functools import partial
 from app.container.ground import Ground, OnFatal, open_ground
 from app.container.scans import open_limiter
 from app.container.service import Container, Gauges, Services
+from app.core.base.clock import wall_us
 from app.core.base.errors import OwnershipLost, StartRefused
 from app.core.base.events import Events
 from app.core.checkpoint.executor import CheckpointExecutor
+from app.core.checkpoint.history_objects import HistoryObjects
 from app.core.checkpoint.parts import CheckpointLimits, CheckpointParts
 from app.core.checkpoint.planning import CheckpointPlanning, CoalescingPlanning
 from app.core.checkpoint.truncation import TruncationExecutor
@@ -46,6 +48,7 @@ from app.core.services.cold_scans import ColdScans
 from app.core.services.databases import Databases
 from app.core.services.debugging import Debugging
 from app.core.services.directory import DatabaseDirectory
+from app.core.services.forks import Forks
 from app.core.services.fsck import Fsck
 from app.core.services.history import History
 from app.core.services.idempotency import Idempotency
@@ -54,6 +57,7 @@ from app.core.services.jobs import Jobs
 from app.core.services.pages import Pages
 from app.core.services.pages_in import PagesIn
 from app.core.services.records import Records
+from app.core.services.snapshots import Snapshots
 from app.core.services.states import States
 from app.core.services.tenants import Tenants
 from app.core.services.truncations import Truncations
@@ -64,6 +68,7 @@ from app.core.stores.manifest.records import JobKind
 from app.core.stores.wal.store import WalStore
 from app.core.workers.change_trim import ChangeTrim
 from app.core.workers.coalescing import Coalescing
+from app.core.workers.history_upload import HistoryUpload
 from app.core.workers.janitor import ScratchJanitor
 from app.core.workers.job_loop import JobLoop
 from app.core.workers.lease_reaper import LeaseReaper
@@ -74,6 +79,8 @@ from app.core.workers.triggers import CheckpointTriggers
 from app.core.workers.wal_sweep import WalSweep
 from app.settings import Settings
 from app.wal_catalog import ManifestSegmentCatalog
+
+HISTORY_DRAIN_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,8 +129,19 @@ async def open_container(
         )
         work = await _open_work(settings, ground, storage, claim, events=events)
         await work.janitor.run_at_start()
+        upload = HistoryUpload(
+            HistoryObjects(
+                manifest=ground.manifest,
+                remote=claim.remote,
+                on_durable=storage.directory.notify_checkpointed,
+                events=events,
+            ),
+            ready=claim.wait_claimed,
+            clock=ground.clock,
+            events=events,
+        )
         container = Container(
-            _services(settings, ground, storage, work, claim, events=events),
+            _services(settings, ground, storage, work, claim, upload, events=events),
             _gauges(storage, work),
             claim=claim,
             job_loop=work.loop,
@@ -165,9 +183,11 @@ async def open_container(
                 history_count=settings.change_history_count,
                 lag_count_max=settings.change_lag_count_max,
             ),
+            upload,
             work.loop,
         ):
             supervisor.start(worker)
+        stack.push_async_callback(upload.drain, seconds=HISTORY_DRAIN_SECONDS)
         stack.push_async_callback(work.loop.drain, seconds=settings.shutdown_seconds)
         try:
             yield container
@@ -399,10 +419,12 @@ def _services(
     storage: _Storage,
     work: _Work,
     claim: PrefixClaim,
+    upload: HistoryUpload,
     *,
     events: Events,
 ) -> Services:
     manifest, directory, clock = ground.manifest, storage.directory, ground.clock
+    now_us = partial(wall_us, clock)
     states = States(manifest, directory, storage.page_store)
     fsck = Fsck(
         manifest=manifest,
@@ -414,7 +436,7 @@ def _services(
         pool=ground.pool,
     )
     return Services(
-        databases=Databases(manifest, directory, clock=clock, events=events),
+        databases=Databases(manifest, directory, clock=clock, now_us=now_us, events=events),
         records=Records(
             manifest,
             directory,
@@ -463,7 +485,9 @@ def _services(
             deadline_seconds=settings.job_deadline_seconds,
         ),
         jobs=Jobs(manifest, work.queue),
-        history=History(manifest, directory),
+        history=History(manifest, directory, now_us=now_us, events=events),
+        snapshots=Snapshots(manifest, directory, upload, clock=clock, events=events),
+        forks=Forks(manifest, directory, upload, clock=clock, events=events),
         change_feed=ChangeFeed(manifest),
         debugging=Debugging(
             manifest,

@@ -18,6 +18,7 @@ from app.core.services.databases import DatabaseSpec
 from app.routers.auth import needs
 from app.routers.deps import DatabaseName, TenantName, WaitQuery, desk_of, services_of
 from app.routers.exchange import exchange_of
+from app.routers.history_schemas import ChangeDatabaseBody
 from app.routers.openapi import problems
 from app.routers.paging import PageQuery
 from app.routers.route import ScopedRoute
@@ -83,6 +84,22 @@ async def show_database(
     tenant: TenantName, database: DatabaseName, request: Request
 ) -> DatabaseView:
     return DatabaseView.of(services_of(request).databases.get(tenant, database))
+
+
+@router.patch(
+    DATABASE_PATH,
+    responses=problems(DatabaseNotFound, UnsupportedMediaType, *_WRITES),
+)
+@needs("write")
+async def change_database(
+    tenant: TenantName, database: DatabaseName, body: ChangeDatabaseBody, request: Request
+) -> DatabaseView:
+    """Sets how long generations are kept. What that lets go is listed by
+    `GET …/generations?expiring=true`.
+    """
+    services = services_of(request)
+    await services.history.set_retention(tenant, database, body.retention.applied_to)
+    return DatabaseView.of(services.databases.get(tenant, database))
 
 
 @router.get(f"{DATABASE_PATH}/durable", responses=problems(DatabaseNotFound, NotReady))

@@ -1,6 +1,8 @@
 """What was published of a database, and when."""
 
-from fastapi import APIRouter, Request, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
 
 from app.core.base.errors import DatabaseNotFound
 from app.routers.auth import needs
@@ -22,10 +24,13 @@ async def list_generations(
     page: PageQuery,
     request: Request,
     response: Response,
+    expiring: Annotated[
+        bool, Query(description="Only those that no rule and no snapshot keeps any longer.")
+    ] = False,
 ) -> GenerationPage:
     """Retained generations, oldest first."""
     found = services_of(request).history.generations(
-        tenant, database, limit=page.limit + 1, after=page.after(int)
+        tenant, database, limit=page.limit + 1, after=page.after(int), expiring=expiring
     )
     shown, cursor = page.cut(
         found, lambda record: record.generation, request=request, response=response

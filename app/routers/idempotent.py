@@ -5,13 +5,17 @@ again; one that may pass (401, 429, 5xx, 507) is not kept. Concurrency, cancella
 `core/services/idempotency.py`.
 """
 
+from collections.abc import Awaitable, Callable
+from hashlib import blake2b
 from http import HTTPStatus
 
 from fastapi import Request, Response
 
 from app.core.base.errors import BopError
 from app.core.services.idempotency import Action, Remember, StoredAnswer
-from app.routers.exchange import exchange_of
+from app.routers.deps import services_of
+from app.routers.exchange import exchange_of, principal_of
+from app.routers.headers import checked_idempotency_key, scope_hash
 from app.routers.problems import STATUS, problem_response
 
 _PASSING = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.TOO_MANY_REQUESTS})
@@ -41,3 +45,24 @@ def remembering(request: Request, action: Action) -> Action:
 
 def response_of(answer: StoredAnswer) -> Response:
     return Response(answer.body, status_code=answer.status, headers=answer.headers)
+
+
+async def answer_once(
+    request: Request,
+    action: Callable[[Remember | None], Awaitable[StoredAnswer]],
+    *,
+    route: str,
+    key: str | None,
+) -> Response:
+    """Runs the action, once per Idempotency-Key where the request has one; `route` holds the
+    names of its path. Raises InvalidRequest, IdempotencyKeyReused, and what the action does.
+    """
+    key = checked_idempotency_key(key)
+    if key is None:
+        return response_of(await action(None))
+    answer = await services_of(request).idempotency.run(
+        scope_hash=scope_hash(principal_of(request), route=route, key=key),
+        body_hash=blake2b(await request.body(), digest_size=16).digest(),
+        action=remembering(request, action),
+    )
+    return response_of(answer)

@@ -21,6 +21,15 @@ ELSEWHERE: dict[str, str] = {
         "tests/fault/test_truncation_faults.py"
         "::test_kill_at_each_step_of_a_truncation_against_a_checkpoint",
     ),
+    **dict.fromkeys(
+        (
+            "snapshot.before_document",
+            "snapshot.after_document",
+            "fork.before_document",
+            "fork.after_document",
+        ),
+        "tests/fault/test_history_crash.py::test_killed_between_the_commit_and_the_bucket",
+    ),
 }
 """Failpoints off the standard workload's way, each with the test (`path::name`) that goes there."""
 

@@ -36,6 +36,7 @@ class FakeApi:
         self.changes: list[dict[str, Any]] = []
         self.leases: list[dict[str, Any]] = []
         self.generations: list[dict[str, Any]] = []
+        self.snapshots: list[dict[str, Any]] = []
         self.findings: list[dict[str, str]] = []
         self.reasons: list[str] = []
         self.requests: list[httpx.Request] = []
@@ -178,14 +179,44 @@ class FakeApi:
             return problem(409, "database_conflict")
         return httpx.Response(200, json=existing.members)
 
-    def _of_database(
+    def _of_database(  # noqa: C901 - a table of routes
         self, request: httpx.Request, method: str, database: FakeDatabase, rest: list[str]
     ) -> httpx.Response:
         match method, rest:
             case "GET", []:
                 return httpx.Response(200, json=database.members)
+            case "PATCH", []:
+                rules = {"keep_generations": None, "keep_seconds": 86_400, "minimum_generations": 2}
+                rules |= database.members.get("retention", {})
+                database.members["retention"] = rules | json.loads(request.content)["retention"]
+                return httpx.Response(200, json=database.members)
             case "GET", ["generations"]:
-                return self._page(request, self.generations)
+                expiring = request.url.params.get("expiring") == "true"
+                kept = self.generations
+                return self._page(
+                    request, [one for one in kept if one["superseded_at"] or not expiring]
+                )
+            case "GET", ["snapshots"]:
+                return self._page(request, self.snapshots)
+            case "POST", ["snapshots"]:
+                made = {"generation": 3, "last_lsn": 90, "page_count": 0, "created_at": TIME}
+                self.snapshots.append(made | json.loads(request.content))
+                return httpx.Response(201, json=self.snapshots[-1])
+            case "GET" | "DELETE", ["snapshots", name]:
+                found = [one for one in self.snapshots if one["name"] == name]
+                if not found:
+                    return problem(404, "snapshot_not_found")
+                if method == "GET":
+                    return httpx.Response(200, json=found[0])
+                self.snapshots.remove(found[0])
+                return httpx.Response(204)
+            case "POST", ["forks"]:
+                asked = json.loads(request.content)
+                tenant = asked.get("tenant", database.members["tenant"])
+                parent = {name: database.members[name] for name in ("tenant", "database")}
+                forked_from = parent | {"generation": asked.get("generation", 3)}
+                made = self.add_database(tenant, asked["database"], forked_from=forked_from)
+                return httpx.Response(201, json=made.members)
             case "GET", ["durable"]:
                 durable = database.members["next_lsn"] - 1
                 return httpx.Response(200, json={"durable_lsn": durable, "checkpointed_lsn": 0})

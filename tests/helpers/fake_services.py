@@ -24,6 +24,7 @@ from app.core.base.errors import (
     LsnTruncated,
     NotLineRecords,
     PageNotFound,
+    SnapshotExists,
     SnapshotNotFound,
     WrongEngine,
 )
@@ -47,9 +48,11 @@ from app.core.stores.manifest.records import (
     ENDED_STATES,
     ChangeRecord,
     DatabaseRecord,
+    ForkParent,
     GenerationRecord,
     JobRecord,
     LeaseRecord,
+    SnapshotRecord,
 )
 from app.settings import Settings
 from tests.helpers.fake_admin import FakeApprovals, FakeAudit
@@ -131,6 +134,7 @@ class FakeService:
         self.stored: dict[tuple[str, str], Stored] = {}
         self.job_records: dict[str, JobRecord] = {}
         self.generations_kept: list[GenerationRecord] = []
+        self.snapshots_kept: dict[tuple[int, str], SnapshotRecord] = {}
         self.leases_kept: list[NamedLease] = []
         self.changes_kept: list[ChangeRecord] = []
         self.failing: dict[str, Exception] = {}
@@ -156,6 +160,8 @@ class FakeService:
             checkpoints=_Checkpoints(self),
             jobs=_Jobs(self),
             history=_History(self),
+            snapshots=_Snapshots(self),
+            forks=_Forks(self),
             debugging=_Debugging(self),
             idempotency=_Idempotency(self),
             approvals=FakeApprovals(),
@@ -485,10 +491,76 @@ class _Jobs(_Part):
 
 
 class _History(_Part):
-    def generations(self, tenant, name, *, limit, after) -> list[GenerationRecord]:
+    def generations(self, tenant, name, *, limit, after, expiring=False) -> list[GenerationRecord]:
         self.service.find(tenant, name)
         kept = self.service.generations_kept
+        if expiring:
+            kept = [one for one in kept if one.superseded_at_us is not None]
         return [one for one in kept if after is None or one.generation > after][:limit]
+
+    async def set_retention(self, tenant, name, change) -> None:
+        self.service.check("history.set_retention")
+        stored = self.service.find(tenant, name)
+        stored.record = msgspec.structs.replace(
+            stored.record, retention=change(stored.record.retention)
+        )
+
+
+class _Snapshots(_Part):
+    async def create(
+        self, tenant, database, name, *, generation=None, remember=None
+    ) -> SnapshotRecord:
+        self.service.check("snapshots.create")
+        db_id = self.service.find(tenant, database).record.db_id
+        if (db_id, name) in self.service.snapshots_kept:
+            raise SnapshotExists(snapshot=name)
+        row = SnapshotRecord(
+            db_id=db_id, name=name, generation=generation or 9, last_lsn=90, page_count=3,
+            created_at_us=1_763_931_900_000_000,
+        )  # fmt: skip
+        self.service.snapshots_kept[db_id, name] = row
+        if remember is not None:
+            self.service.committed.append(remember(row))
+        return row
+
+    def get(self, tenant, database, name) -> SnapshotRecord:
+        db_id = self.service.find(tenant, database).record.db_id
+        if (db_id, name) not in self.service.snapshots_kept:
+            raise SnapshotNotFound(snapshot=name)
+        return self.service.snapshots_kept[db_id, name]
+
+    def list(self, tenant, database, *, limit, after) -> list[SnapshotRecord]:
+        db_id = self.service.find(tenant, database).record.db_id
+        found = sorted(name for owner, name in self.service.snapshots_kept if owner == db_id)
+        names = [name for name in found if after is None or name > after]
+        return [self.service.snapshots_kept[db_id, name] for name in names[:limit]]
+
+    async def delete(self, tenant, database, name) -> None:
+        self.get(tenant, database, name)
+        db_id = self.service.find(tenant, database).record.db_id
+        del self.service.snapshots_kept[db_id, name]
+
+
+class _Forks(_Part):
+    async def create(
+        self, tenant, database, *, fork_tenant, fork_database, generation=None, snapshot=None,
+        remember=None,
+    ) -> DatabaseStatus:  # fmt: skip
+        self.service.check("forks.create")
+        parent = self.service.find(tenant, database).record
+        if snapshot is not None:
+            generation = self.service.services.snapshots.get(tenant, database, snapshot).generation
+        stored = self.service.add_database(fork_tenant, fork_database, parent.engine)
+        stored.record = msgspec.structs.replace(
+            stored.record,
+            forked_from=ForkParent(
+                tenant=tenant, database=database, db_id=parent.db_id, generation=generation or 9
+            ),
+        )
+        status = self.service.services.databases.get(fork_tenant, fork_database)
+        if remember is not None:
+            self.service.committed.append(remember(status))
+        return status
 
 
 class _Debugging(_Part):

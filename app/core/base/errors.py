@@ -204,6 +204,12 @@ class QueueDrained(Conflict):
     hint = "Resume it with POST /admin/queue/resume."
 
 
+class SnapshotExists(Conflict):
+    code = "snapshot_exists"
+    title = "A snapshot of this name exists"
+    hint = "Choose another name, or delete the snapshot first."
+
+
 class NoGeneration(Conflict):
     code = "no_generation"
     title = "Nothing is published yet"

@@ -9,18 +9,12 @@ Cancellation, crash: at any point; the next attempt does the rest.
 """
 
 from app.core.base import failpoints
-from app.core.base.errors import InvariantViolation, OwnershipLost
-from app.core.checkpoint.generation_document import (
-    build_document,
-    decode_document,
-    encode_document,
-)
+from app.core.base.errors import InvariantViolation
+from app.core.checkpoint.document_store import store_document
+from app.core.checkpoint.generation_document import build_document
 from app.core.checkpoint.job_hold import JobHold
 from app.core.checkpoint.parts import CheckpointParts
-from app.core.formats.crc64 import crc64
 from app.core.stores.manifest.ops import AdvanceCheckpointed
-from app.core.stores.manifest.records import GenerationRecord
-from app.core.stores.remote.protocol import BytesBody
 
 
 async def complete_publication(parts: CheckpointParts, hold: JobHold) -> None:
@@ -37,7 +31,7 @@ async def complete_publication(parts: CheckpointParts, hold: JobHold) -> None:
     if not generation.document_stored:
         document = build_document(database, generation, chunks, deltas)
         failpoints.fp("publish.before_document")
-        await _store_document(parts, generation, encode_document(document))
+        await store_document(parts.remote(), document, key=generation.document_key)
         failpoints.fp("publish.after_document")
         await hold.update(
             reason="checkpoint.durable",
@@ -49,15 +43,3 @@ async def complete_publication(parts: CheckpointParts, hold: JobHold) -> None:
     failpoints.fp("publish.before_wal_release")
     await parts.release.release(db_id)
     failpoints.fp("publish.after_wal_release")
-
-
-async def _store_document(
-    parts: CheckpointParts, generation: GenerationRecord, data: bytes
-) -> None:
-    remote, key = parts.remote(), generation.document_key
-    body = BytesBody(data=data, crc64=crc64(data))
-    if await remote.put_if_absent(key, body) is not None:
-        return
-    stored = decode_document(await remote.get_blob(key), key=key)
-    if not stored.says_the_same_as(decode_document(data, key=key)):
-        raise OwnershipLost(f"Another process published this generation: {key}")

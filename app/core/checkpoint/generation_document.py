@@ -290,7 +290,10 @@ def restored_database(document: GenerationDocument, *, floor_lsn: int) -> Databa
         next_chunk_id=generation.next_chunk_id,
         page_count=generation.page_count,
         retention=Retention(**database.retention),  # type: ignore[arg-type]
-        forked_from=None if database.forked_from is None else ForkParent(**database.forked_from),
+        # A document holds every chunk: nothing has to fall through to a parent.
+        forked_from=None
+        if database.forked_from is None
+        else ForkParent(**database.forked_from, inherits=False),
         wal_position=bytes.fromhex(generation.wal_position),
     )
 

@@ -27,8 +27,11 @@ async def iter_image(
         await runs.aclose()
 
 
-def generation_at(retained: Iterable[GenerationRecord], at_us: int) -> GenerationRecord:
+def generation_at(
+    retained: Iterable[GenerationRecord], at_us: int, *, first_ever: int = 1
+) -> GenerationRecord:
     """The newest generation that was committed by then, from those retained, ascending; pure.
+    `first_ever` is the number of the first one that the database had: a fork begins with another.
 
     Raises GenerationExpired where that one is gone (an older one is no answer), NoGeneration where
     none was committed by then.
@@ -40,7 +43,7 @@ def generation_at(retained: Iterable[GenerationRecord], at_us: int) -> Generatio
         if record.committed_at_us <= at_us:
             found = record
     if found is None:
-        if first is not None and first.generation > 1:
+        if first is not None and first.generation > first_ever:
             raise GenerationExpired("What was newest then is no longer retained.")
         raise NoGeneration("Nothing had been published by then.")
     if found.superseded_at_us is not None and found.superseded_at_us <= at_us:

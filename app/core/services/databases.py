@@ -1,12 +1,14 @@
 """Databases: create, show, list, wait for durability, accept a loss."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from app.core.base.clock import Clock, wall_us
 from app.core.base.errors import DatabaseConflict, DatabaseNotFound, InvalidRequest
 from app.core.base.events import Events
 from app.core.services.directory import DatabaseDirectory
+from app.core.services.history import earliest_kept
 from app.core.services.page_state import page_state
 from app.core.stores.manifest.errors import NameTaken
 from app.core.stores.manifest.ops import (
@@ -46,6 +48,7 @@ class DatabaseStatus:
     health: HealthState
     lost_from_lsn: int | None
     earliest_generation: int | None
+    """The oldest that can be restored now, and that no rule is about to drop."""
     latest_generation: int | None
 
 
@@ -62,11 +65,14 @@ class Databases:
         directory: DatabaseDirectory,
         *,
         clock: Clock,
+        now_us: Callable[[], int],
         events: Events,
     ) -> None:
+        """`now_us` is the time by which generations expire."""
         self._manifest = manifest
         self._directory = directory
         self._clock = clock
+        self._now_us = now_us
         self._events = events
 
     async def create(
@@ -172,7 +178,7 @@ class Databases:
     def _status(self, record: DatabaseRecord) -> DatabaseStatus:
         log = self._directory.log(record.db_id)
         with self._manifest.read() as view:
-            generations = view.generations(record.db_id, after=None, limit=1)
+            earliest = earliest_kept(view, record, now_us=self._now_us())
             page_count = record.page_count
             if record.engine == "libsql":
                 page_count = page_state(view, record, log).page_count
@@ -184,7 +190,7 @@ class Databases:
             wal_bytes=log.wal_bytes,
             health=record.health if log.health == "ok" else log.health,
             lost_from_lsn=log.lost_from_lsn,
-            earliest_generation=generations[0].generation if generations else None,
+            earliest_generation=earliest,
             latest_generation=record.generation or None,
         )
 

@@ -5,9 +5,10 @@ It changes nothing. Each finding names the invariant (I1…) it breaks. Run it a
 directory.
 """
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from app.core.base.errors import BopError, InvariantViolation
 from app.core.base.tasks import BlockingPool, for_each
@@ -23,10 +24,12 @@ from app.core.stores.manifest.records import (
     ChunkDeltaRecord,
     ChunkRecord,
     DatabaseRecord,
+    ForkRecord,
     GcRecord,
     GenerationRecord,
     JobRecord,
     LeaseRecord,
+    SnapshotRecord,
     WalSegmentRecord,
 )
 from app.core.stores.manifest.replay import Catalogue, replay
@@ -36,6 +39,8 @@ from app.core.stores.remote.protocol import BlobMissing, RemoteStore
 from app.core.stores.wal.verification import verify_segment_blocking
 
 HEADS_AT_ONCE = 8
+
+Row = TypeVar("Row", ChunkRecord, ChunkDeltaRecord)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +67,10 @@ class _Manifest:
     databases: list[DatabaseRecord]
     rows: list[ChunkRecord]
     deltas: list[ChunkDeltaRecord]
+    inherited: list[ChunkRecord | ChunkDeltaRecord]
+    """What forks read of their parents, as their own rows."""
+    snapshots: list[SnapshotRecord]
+    forks: list[ForkRecord]
     segments: list[WalSegmentRecord]
     generations: list[GenerationRecord]
     leases: list[LeaseRecord]
@@ -118,6 +127,7 @@ class Fsck:
         _check_changes(seen, notes)
         await self._check_blobs(seen, notes)
         await self._check_documents(seen, notes)
+        await self._check_snapshots(seen, notes)
         await self._check_wal(seen, notes)
         await self._check_scratch(seen, notes)
         await self._check_quota(notes)
@@ -164,17 +174,36 @@ class Fsck:
                 notes.add("I3", where, str(error))
                 return
             database = databases[generation.db_id]
+            rows = [row for row in (*seen.catalogue, *seen.inherited) if _is_of(row, generation)]
             expected = build_document(
                 database,
                 generation,
-                [row for row in seen.rows if _is_of(row, generation)],
-                [row for row in seen.deltas if _is_of(row, generation)],
+                _by_chunk(row for row in rows if isinstance(row, ChunkRecord)),
+                _by_chunk(row for row in rows if isinstance(row, ChunkDeltaRecord)),
             )
             if stored.catalogue != expected.catalogue:
                 notes.add("I3", where, "the document names other chunks than the catalogue")
 
         await for_each(seen.generations, check, limit=HEADS_AT_ONCE)
         notes.count("generation_documents", len(seen.generations))
+
+    async def _check_snapshots(self, seen: _Manifest, notes: _Notes) -> None:
+        remote = self._remote()
+
+        async def check(snapshot: SnapshotRecord) -> None:
+            document = snapshot.document
+            if document is None or not snapshot.document_stored:
+                return  # it is stored within moments, or once the store answers again
+            info = await remote.head_blob(document.key)
+            if (info is None or info.bytes != document.bytes) and self._pins(snapshot):
+                notes.add("I3", document.key, "the snapshot's document is not as it was stored")
+
+        await for_each(seen.snapshots, check, limit=HEADS_AT_ONCE)
+        notes.count("snapshots", len(seen.snapshots))
+
+    def _pins(self, snapshot: SnapshotRecord) -> bool:
+        with self._manifest.read() as view:
+            return view.snapshot(snapshot.db_id, snapshot.name) == snapshot
 
     async def _check_wal(self, seen: _Manifest, notes: _Notes) -> None:
         """Sealed segments byte for byte; open ones are recovery's to judge."""
@@ -236,6 +265,11 @@ def _load(view: ManifestView) -> _Manifest:
         databases=databases,
         rows=[row for record in databases for row in view.chunk_rows(record.db_id)],
         deltas=[row for record in databases for row in view.delta_rows(record.db_id)],
+        inherited=[
+            row for record in databases for row in _inherited(view, record) if record.forked_from
+        ],
+        snapshots=view.all_snapshots(),
+        forks=view.all_forks(),
         segments=view.all_segments(),
         generations=[
             row
@@ -251,6 +285,21 @@ def _load(view: ManifestView) -> _Manifest:
         ),
         index_differences=_index_differences(view),
     )
+
+
+def _inherited(
+    view: ManifestView, record: DatabaseRecord
+) -> Iterator[ChunkRecord | ChunkDeltaRecord]:
+    """They are the same at every generation of the fork: a chunk that changed is its own."""
+    own = {row.chunk_id for row in view.chunk_rows(record.db_id)}
+    chunks = view.chunk_states(record.db_id, record.generation)
+    deltas = view.delta_view(record.db_id, record.generation)
+    yield from (row for row in chunks if row.chunk_id not in own)
+    yield from (row for row in deltas if row.chunk_id not in own)
+
+
+def _by_chunk(rows: Iterable[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: (row.chunk_id, row.generation))
 
 
 def _replay_differences(
@@ -300,10 +349,34 @@ def _check_catalogue(seen: _Manifest, notes: _Notes) -> None:
         _check_chunks(record, rows, notes)
         _check_coverage(record, rows, seen.segments, notes)
         _check_deltas(record, seen, notes)
+    _check_pins(seen, notes)
     doomed = {row.key for row in seen.retired}
     for row in seen.catalogue:
         if row.blob is not None and row.superseded_at is None and row.blob.key in doomed:
             notes.add("I8", row.blob.key, "a live blob is queued for collection")
+
+
+def _check_pins(seen: _Manifest, notes: _Notes) -> None:
+    """What a snapshot or fork needs is there, and every fork is known to its parent (I8)."""
+    retained = {(row.db_id, row.generation) for row in seen.generations}
+    for snapshot in seen.snapshots:
+        if (snapshot.db_id, snapshot.generation) not in retained:
+            notes.add("I8", f"{snapshot.db_id}/snapshot {snapshot.name}", "its generation is gone")
+    databases = {record.db_id for record in seen.databases}
+    registered = {(fork.db_id, fork.child_db_id) for fork in seen.forks}
+    for record in seen.databases:
+        parent = record.forked_from
+        if parent is None:
+            continue
+        notes.count("forks")
+        where = f"{record.tenant}/{record.name}"
+        if (parent.db_id, record.db_id) not in registered:
+            notes.add("I8", where, "its parent does not know of the fork")
+        if parent.inherits and parent.db_id not in databases:
+            notes.add("I8", where, "the parent that its chunks fall through to is gone")
+    for fork in seen.forks:
+        if fork.child_db_id not in databases:
+            notes.add("I8", f"fork {fork.db_id}/{fork.child_db_id}", "there is no such database")
 
 
 def _check_chunks(record: DatabaseRecord, rows: Iterable[ChunkRecord], notes: _Notes) -> None:

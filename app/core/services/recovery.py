@@ -1,12 +1,13 @@
 """`recover`: rebuilds the manifest of an empty data directory from the bucket alone (I3).
 
-Everything published comes back: every generation whose document is there, and its chunks. LSNs go
+Everything published comes back: every generation whose document is there, its chunks, and the
+snapshots that pin it. Forks come back as databases that have all their chunks themselves. LSNs go
 on 2^32 above the last published one, because the lost node may have given out some that never
 were (I14). Crash: run it again; it only ever writes into a manifest without databases.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,17 +24,26 @@ from app.core.checkpoint.generation_document import (
     restored_generation,
     restored_rows,
 )
+from app.core.retention.snapshot_document import decode_snapshot, restored_snapshot
 from app.core.stores.manifest.ops import (
+    CreateSnapshot,
     ManifestBatch,
     Op,
+    RegisterFork,
     RestoreDatabase,
     RestoreGeneration,
     UpsertChunk,
     UpsertChunkDelta,
 )
-from app.core.stores.manifest.records import ChunkDeltaRecord, ChunkRecord
+from app.core.stores.manifest.records import (
+    ChunkDeltaRecord,
+    ChunkRecord,
+    DatabaseRecord,
+    ForkRecord,
+    SnapshotRecord,
+)
 from app.core.stores.manifest.store import ManifestStore
-from app.core.stores.remote.keys import DOCUMENTS_PREFIX
+from app.core.stores.remote.keys import DOCUMENTS_PREFIX, SNAPSHOTS_PREFIX
 from app.core.stores.remote.protocol import RemoteStore
 
 Row = TypeVar("Row", ChunkRecord, ChunkDeltaRecord)
@@ -48,6 +58,7 @@ class RecoveredDatabase:
     database: str
     db_id: int
     generations: int
+    snapshots: int
     chunks: int
     last_lsn: int
     next_lsn: int
@@ -80,6 +91,7 @@ async def recover_databases(
                 "The data directory already holds databases; recover works on an empty one."
             )
     keys = sorted([info.key async for info in remote.list_blobs(DOCUMENTS_PREFIX)])
+    snapshots = await _load_snapshots(remote)
     read = 0
 
     async def load(key: str) -> tuple[str, GenerationDocument]:
@@ -102,7 +114,7 @@ async def recover_databases(
             skipped.append(f"{newest.tenant}/{newest.name} (db_id {db_id})")
             continue
         taken.add((newest.tenant, newest.name))
-        restored.append(await _restore(manifest, documents))
+        restored.append(await _restore(manifest, documents, snapshots.get(db_id, ())))
         events.info(
             "database.recovered", tenant=newest.tenant, database=newest.name, db_id=db_id,
             generations=len(documents),
@@ -110,8 +122,24 @@ async def recover_databases(
     return RecoverReport(databases=tuple(reversed(restored)), skipped=tuple(skipped))
 
 
+async def _load_snapshots(remote: RemoteStore) -> dict[int, list[SnapshotRecord]]:
+    """By db_id."""
+    keys = sorted([info.key async for info in remote.list_blobs(SNAPSHOTS_PREFIX)])
+    found: dict[int, list[SnapshotRecord]] = defaultdict(list)
+
+    async def load(key: str) -> SnapshotRecord:
+        data = await remote.get_blob(key)
+        return restored_snapshot(decode_snapshot(data, key=key), data=data, key=key)
+
+    for row in await for_each(keys, load, limit=DOCUMENTS_AT_ONCE):
+        found[row.db_id].append(row)
+    return found
+
+
 async def _restore(
-    manifest: ManifestStore, documents: Sequence[tuple[str, GenerationDocument]]
+    manifest: ManifestStore,
+    documents: Sequence[tuple[str, GenerationDocument]],
+    snapshots: Sequence[SnapshotRecord],
 ) -> RecoveredDatabase:
     newest = documents[-1][1]
     record = restored_database(newest, floor_lsn=newest.generation.last_lsn + 1 + LSN_GAP)
@@ -129,6 +157,9 @@ async def _restore(
                 generation, superseded_at_us=following.committed_at_us
             )
         ops.append(RestoreGeneration(row=generation))
+    pinned = pinned_rows(snapshots, {_number(document) for _, document in documents})
+    ops += [CreateSnapshot(row=row) for row in pinned]
+    ops += [RegisterFork(row=row) for row in shared_blobs(record, rows)]
     await manifest.commit(
         ManifestBatch(ops=tuple(ops), reason="database.recovered", db_id=record.db_id)
     )
@@ -137,10 +168,40 @@ async def _restore(
         database=record.name,
         db_id=record.db_id,
         generations=len(documents),
+        snapshots=len(pinned),
         chunks=len(newest.chunks),
         last_lsn=newest.generation.last_lsn,
         next_lsn=record.floor_lsn,
     )
+
+
+def pinned_rows(
+    snapshots: Sequence[SnapshotRecord], generations: Collection[int]
+) -> list[SnapshotRecord]:
+    """The snapshots whose generation is there; of two of one name (the older was deleted, and its
+    document not yet) the newer. Pure.
+    """
+    by_age = sorted(snapshots, key=lambda row: row.created_at_us)
+    return list({row.name: row for row in by_age if row.generation in generations}.values())
+
+
+def shared_blobs(record: DatabaseRecord, rows: Sequence[ChunkRecord]) -> list[ForkRecord]:
+    """A fork's documents hold all of its chunks, so it needs no row of its parent any more. But
+    blobs that are or were another database's have to be known as shared (I8). Pure.
+    """
+    parent = record.forked_from
+    origins = {row.origin_db_id for row in rows} - {0, record.db_id}
+    origins -= set() if parent is None else {parent.db_id}
+    return [
+        ForkRecord(
+            db_id=origin,
+            child_db_id=record.db_id,
+            generation=0,
+            tenant=record.tenant,
+            database=record.name,
+        )
+        for origin in sorted(origins)
+    ]
 
 
 def catalogue_rows(documents: Sequence[GenerationDocument]) -> list[ChunkRecord]:

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from app.core.base.errors import SnapshotNotFound
 from app.core.reads.image import generation_at
 from app.core.reads.page_store import PageStore
 from app.core.reads.read_point import ReadPoint
+from app.core.retention.selection import require_snapshot
 from app.core.services.directory import DatabaseDirectory
 from app.core.stores.manifest.records import DatabaseRecord, GenerationRecord
 from app.core.stores.manifest.store import ManifestStore
@@ -66,12 +66,13 @@ class States:
             case AtGeneration(generation):
                 return generation
             case AtTime(time_us):
-                return generation_at(self._generations(database.db_id), time_us).generation
+                parent = database.forked_from
+                first_ever = 1 if parent is None else parent.generation
+                retained = self._generations(database.db_id)
+                return generation_at(retained, time_us, first_ever=first_ever).generation
             case AtSnapshot(snapshot):
-                raise SnapshotNotFound(
-                    f"There is no snapshot {snapshot} of {database.tenant}/{database.name}.",
-                    snapshot=snapshot,
-                )
+                with self._manifest.read() as view:
+                    return require_snapshot(view, database, snapshot).generation
 
     def _generations(self, db_id: int) -> Iterator[GenerationRecord]:
         after: int | None = None

@@ -171,4 +171,7 @@ async def test_generations(client, service):
     ).json()
     assert [item["generation"] for item in page["items"]] == [3]
     assert page["items"][0]["superseded_at"] is None
+    page = (await client.get(f"{BASE}/events/generations?expiring=true&limit=1")).json()
+    assert [item["generation"] for item in page["items"]] == [1]
+    assert page["next_cursor"] is not None
     assert (await client.get(f"{BASE}/nothing/generations")).status_code == 404

@@ -82,6 +82,8 @@ def register_fork(rows: Rows, database: DatabaseRecord) -> None:
             generation=parent.generation,
             tenant=database.tenant,
             database=database.name,
+            first_lsn=database.first_lsn,
+            next_chunk_id=database.next_chunk_id,
         ),
     )
 

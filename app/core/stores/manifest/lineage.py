@@ -12,6 +12,7 @@ used by the writer, the replay and the views alike.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -45,6 +46,14 @@ class ReadRows(Protocol):
     def get(self, table: Table[V], key: bytes, /) -> V | None: ...
 
     def scan(self, table: Table[V], prefix: bytes = b"", /) -> Iterable[tuple[bytes, V]]: ...
+
+
+class Scan(Protocol):
+    def __call__(self, table: Table[V], prefix: bytes, /) -> Iterable[tuple[bytes, V]]: ...
+
+
+class BothWays(ReadRows, Protocol):
+    def scan_back(self, table: Table[V], prefix: bytes = b"", /) -> Iterable[tuple[bytes, V]]: ...
 
 
 class WriteRows(ReadRows, Protocol):
@@ -109,18 +118,43 @@ def inherited_rows(rows: ReadRows, db_id: int, chunk_id: int) -> ChunkRows:
 
 def chunks_at(rows: ReadRows, db_id: int, generation: int) -> list[ChunkRecord]:
     """The bases and drops valid at the generation, by chunk."""
-    own = [row for _, row in rows.scan(CHUNKS, number_key(db_id))]
-    found = [row for row in own if is_valid_at(row, generation)]
+    return list(_walk(rows.scan, rows, db_id, generation, backwards=False))
+
+
+def log_range(rows: BothWays, db_id: int, generation: int) -> tuple[int, int] | None:
+    """append_only: the first LSN of the lowest chunk valid at the generation, and the last of the
+    highest. Looks at few rows, unless many chunks at either end came or went since.
+    """
+    lowest = _walk(rows.scan, rows, db_id, generation, backwards=False)
+    highest = _walk(rows.scan_back, rows, db_id, generation, backwards=True)
+    first = next((row.first for row in lowest if row.blob is not None), None)
+    last = next((row.last for row in highest if row.blob is not None), None)
+    return None if first is None or last is None else (first, last)
+
+
+def _walk(
+    scan: Scan, rows: ReadRows, db_id: int, generation: int, *, backwards: bool
+) -> Iterator[ChunkRecord]:
+    """The bases and drops valid at the generation, chunk by chunk, as far as they are asked for."""
     parent = parent_of(rows, db_id)
-    if parent is None:
-        return found
-    owned = {row.chunk_id for row in own}
-    found += [
-        _as_row_of(db_id, row, parent.generation)
-        for row in chunks_at(rows, parent.db_id, parent.generation)
-        if row.chunk_id not in owned
-    ]
-    return sorted(found, key=lambda row: row.chunk_id)
+    above: Iterator[ChunkRecord] = iter(())
+    if parent is not None:
+        inherited = _walk(scan, rows, parent.db_id, parent.generation, backwards=backwards)
+        above = (_as_row_of(db_id, row, parent.generation) for row in inherited)
+    waiting = next(above, None)
+    own = (row for _, row in scan(CHUNKS, number_key(db_id)))
+    for chunk_id, group in groupby(own, key=lambda row: row.chunk_id):
+        while waiting is not None and (
+            waiting.chunk_id > chunk_id if backwards else waiting.chunk_id < chunk_id
+        ):
+            yield waiting
+            waiting = next(above, None)
+        if waiting is not None and waiting.chunk_id == chunk_id:
+            waiting = next(above, None)
+        yield from (row for row in group if is_valid_at(row, generation))
+    while waiting is not None:
+        yield waiting
+        waiting = next(above, None)
 
 
 def deltas_at(rows: ReadRows, db_id: int, generation: int) -> list[ChunkDeltaRecord]:

@@ -210,6 +210,9 @@ class ForkRecord(Record, array_like=True, frozen=True, kw_only=True):
     tenant: str
     """The child's, as `database` is."""
     database: str
+    first_lsn: int = 1
+    """As it was when the fork was made, as `next_chunk_id` is: for its first document."""
+    next_chunk_id: int = 0
 
 
 class ChangeRecord(Record, array_like=True, frozen=True, kw_only=True):

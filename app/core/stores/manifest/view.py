@@ -17,6 +17,7 @@ from app.core.stores.manifest.lineage import (
     deltas_at,
     depth_of,
     inheritors,
+    log_range,
     naming_databases,
 )
 from app.core.stores.manifest.records import (
@@ -178,6 +179,13 @@ class ManifestView:
         """`chunk_view`, drops included."""
         with self._access as rows:
             return chunks_at(rows, db_id, generation)
+
+    def log_range(self, db_id: int, generation: int) -> tuple[int, int] | None:
+        """append_only: the first LSN of the lowest chunk at the generation, the last of the
+        highest; None without chunks.
+        """
+        with self._access as rows:
+            return log_range(rows, db_id, generation)
 
     def chunk_history(self, db_id: int, chunk_id: int) -> ChunkRows:
         """Every row of a chunk, own or inherited, whatever its validity."""

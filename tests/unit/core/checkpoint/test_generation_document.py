@@ -29,7 +29,7 @@ DATABASE = DatabaseRecord(
     db_id=9, tenant="acme", name="log", engine="append_only", page_size=0, chunk_bytes=1 << 26,
     compression="zstd", created_at_us=5, generation=3, first_lsn=11, floor_lsn=900,
     checkpointed_lsn=40, next_chunk_id=6, retention=Retention(keep_generations=4),
-    forked_from=ForkParent(tenant="acme", database="other", db_id=2, generation=1),
+    forked_from=ForkParent(tenant="acme", database="other", db_id=2, generation=1, inherits=False),
 )  # fmt: skip
 
 

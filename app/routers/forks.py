@@ -1,0 +1,97 @@
+"""Forks: a new database from another one's generation."""
+
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Request, Response
+
+from app.core.base.errors import (
+    Backpressure,
+    DatabaseConflict,
+    DatabaseNotFound,
+    DiskFull,
+    GenerationExpired,
+    ManifestFull,
+    NoGeneration,
+    NotFound,
+    SnapshotNotFound,
+    UnsupportedMediaType,
+)
+from app.core.services.databases import DatabaseStatus
+from app.core.services.idempotency import Remember, StoredAnswer
+from app.core.stores.manifest.ops import Op
+from app.routers.auth import needs, require_tenant
+from app.routers.databases import DATABASE_PATH
+from app.routers.deps import DatabaseName, TenantName, services_of
+from app.routers.exchange import principal_of
+from app.routers.history_schemas import CreateForkBody
+from app.routers.idempotent import answer_once
+from app.routers.openapi import problems
+from app.routers.route import ScopedRoute
+from app.routers.schemas import DatabaseView
+
+router = APIRouter(route_class=ScopedRoute, tags=["history"])
+
+
+@router.post(
+    f"{DATABASE_PATH}/forks",
+    status_code=HTTPStatus.CREATED,
+    response_model=DatabaseView,
+    responses=problems(
+        DatabaseNotFound,
+        NotFound,
+        SnapshotNotFound,
+        NoGeneration,
+        DatabaseConflict,
+        GenerationExpired,
+        UnsupportedMediaType,
+        Backpressure,
+        DiskFull,
+        ManifestFull,
+    ),
+)
+@needs("write")
+async def create_fork(
+    tenant: TenantName,
+    database: DatabaseName,
+    body: CreateForkBody,
+    request: Request,
+    idempotency_key: Annotated[str | None, Header(alias="Idempotency-Key")] = None,
+) -> Response:
+    """A new database that begins as the generation; no blob is copied, and both go on by
+    themselves. `checkpointed_lsn` is 0 until the bucket alone can restore the fork.
+    """
+    principal = principal_of(request)
+    fork_tenant = tenant if body.tenant is None else body.tenant
+
+    def answer(status: DatabaseStatus) -> StoredAnswer:
+        where = f"/tenants/{fork_tenant}/databases/{body.database}"
+        return StoredAnswer(
+            status=int(HTTPStatus.CREATED),
+            headers={"Content-Type": "application/json", "Location": where},
+            body=DatabaseView.of(status).model_dump_json().encode(),
+        )
+
+    async def create(remember: Remember | None) -> StoredAnswer:
+        require_tenant(principal, fork_tenant)
+        kept: Callable[[DatabaseStatus], Op] | None = None
+        if remember is not None:
+            kept = lambda status: remember(answer(status))  # noqa: E731 - narrowed above
+        status = await services_of(request).forks.create(
+            tenant,
+            database,
+            fork_tenant=fork_tenant,
+            fork_database=body.database,
+            generation=body.generation,
+            snapshot=body.snapshot,
+            remember=kept,
+        )
+        return answer(status)
+
+    return await answer_once(
+        request,
+        create,
+        route=f"POST /tenants/{tenant}/databases/{database}/forks",
+        key=idempotency_key,
+    )
