@@ -1,8 +1,8 @@
 """Pages from the write-ahead log, checked.
 
-A frame is covered by its entry's checksum, which covers a whole request. The first read of an
-entry therefore reads all of it and keeps a checksum for each of its pages; later reads of its
-frames read the frame alone and check that.
+A frame is covered by its entry's checksum. Whoever wants all frames of an entry reads it whole,
+once, and checks that. The first read of only some of them reads all of it, too, and keeps a
+checksum for each of its pages; later reads of its frames read the frame alone and check that.
 
 Invariants: I10: no page leaves unchecked; damage here is CorruptWal, there is no other copy.
 I5: nothing above the point's LSN is looked at, nor anything that its generation has newer: of WAL
@@ -13,7 +13,7 @@ Cancellation: a read in the pool is waited for. Crash: nothing here is written.
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -105,19 +105,30 @@ class WalPageReader:
         Raises CorruptWal.
         """
         entries, first, which = np.unique(entry_offsets, return_index=True, return_inverse=True)
-        numbers = (offsets - entry_offsets - ENTRY_HEADER_BYTES) // frame_bytes(page_size)
         sizes = entry_bytes[first]
         places = [
             EntryPlace(path, at, size)
             for at, size in zip(entries.tolist(), sizes.tolist(), strict=True)
         ]
-        known = await self._load_many(places, page_size=page_size)
-        ends = np.cumsum([len(checksums) for checksums in known])
-        expected = np.concatenate(known)[(ends - [len(one) for one in known])[which] + numbers]
+        frames = (sizes - ENTRY_HEADER_BYTES) // frame_bytes(page_size)
+        whole = (np.bincount(which) == frames) & (sizes <= SPAN_BYTES_MAX)
+        rows_of = np.split(np.argsort(offsets), np.cumsum(np.bincount(which))[:-1])
+        pages: Pages = np.empty((len(offsets), page_size), dtype=np.uint8)
         started = self._clock.monotonic()
-        pages = await self._run(
-            lambda: _read_pages_blocking(path, offsets, expected, page_size), path=path
-        )
+        if whole.any():
+            wanted = [(places[at], rows_of[at]) for at in np.flatnonzero(whole).tolist()]
+            await self._run(lambda: _read_entries_blocking(wanted, pages), path=path)
+        left = np.flatnonzero(~whole)
+        if len(left):
+            known = await self._load_many([places[at] for at in left.tolist()], page_size=page_size)
+            rows = np.concatenate([rows_of[at] for at in left.tolist()])
+            numbers = (offsets - entry_offsets - ENTRY_HEADER_BYTES) // frame_bytes(page_size)
+            expected = np.concatenate(
+                [one[numbers[rows_of[at]]] for one, at in zip(known, left.tolist(), strict=True)]
+            )
+            pages[rows] = await self._run(
+                lambda: _read_pages_blocking(path, offsets[rows], expected, page_size), path=path
+            )
         self._events.debug(
             "read.served", tier="wal", bytes=pages.nbytes, seconds=self._clock.monotonic() - started
         )
@@ -251,6 +262,57 @@ class WalPages:
     def _lowest_page_count(self) -> int:
         lowest = self.index.lowest_page_count(self.base_lsn + 1, self.at_lsn)
         return np.iinfo(np.int64).max if lowest is None else lowest
+
+
+def _read_entries_blocking(
+    wanted: Sequence[tuple[EntryPlace, npt.NDArray[np.intp]]], pages: Pages
+) -> None:
+    """Entries of one file, ascending, of which every frame is wanted: each is read once, and its
+    own checksum covers all that is taken from it. Its frames go to the given rows of `pages`.
+    Raises Damage, OSError.
+    """
+    page_size = pages.shape[1]
+    fd = os.open(wanted[0][0].path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for start, stop in _entry_spans([entry for entry, _ in wanted]):
+            begin, last = wanted[start][0].offset, wanted[stop - 1][0]
+            data = memoryview(read_exactly_blocking(fd, begin, last.offset + last.bytes - begin))
+            for entry, rows in wanted[start:stop]:
+                at = entry.offset - begin
+                frames = _frames_of(data[at : at + entry.bytes], entry, page_size)
+                if (np.diff(rows) == 1).all():  # an image's, or an insert's: in page order
+                    pages[int(rows[0]) : int(rows[-1]) + 1] = frames
+                else:
+                    pages[rows] = frames
+    finally:
+        os.close(fd)
+
+
+def _frames_of(data: memoryview, entry: EntryPlace, page_size: int) -> Pages:
+    """The pages of an intact entry, a view. Raises Damage."""
+    stride = frame_bytes(page_size)
+    header, stored = parse_entry_header(data[:ENTRY_HEADER_BYTES], offset=0)
+    if header.type is not EntryType.FRAMES or header.entry_bytes != entry.bytes:
+        raise Damage("not the entry of frames that was written", offset=entry.offset)
+    checksum = crc64(data[: ENTRY_HEADER_BYTES - 8])
+    payload = data[ENTRY_HEADER_BYTES:]
+    if crc64(payload, checksum) != stored or header.count != len(payload) // stride:
+        raise Damage("entry fails its checksum", offset=entry.offset)
+    frames = np.frombuffer(payload, dtype=np.uint8, count=header.count * stride)
+    return frames.reshape(-1, stride)[:, FRAME_HEADER_BYTES:]
+
+
+def _entry_spans(entries: Sequence[EntryPlace]) -> Iterator[tuple[int, int]]:
+    """Runs [start, stop) of entries that follow each other and are not too much at once."""
+    start = 0
+    for at in range(1, len(entries) + 1):
+        if (
+            at == len(entries)
+            or entries[at].offset != entries[at - 1].offset + entries[at - 1].bytes
+            or entries[at].offset + entries[at].bytes - entries[start].offset > SPAN_BYTES_MAX
+        ):
+            yield start, at
+            start = at
 
 
 def _check_entries_blocking(entries: Sequence[EntryPlace], page_size: int) -> list[Checksums]:
