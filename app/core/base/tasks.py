@@ -108,6 +108,18 @@ async def for_each(
     return [task.result() for task in tasks]
 
 
+async def both(first: Coroutine[Any, Any, S], second: Coroutine[Any, Any, T]) -> tuple[S, T]:
+    """Runs the two side by side. The first error cancels the other, waits for it, and is raised
+    itself (not as a group).
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            one, two = group.create_task(first), group.create_task(second)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from errors.exceptions[0].__cause__
+    return one.result(), two.result()
+
+
 async def uninterrupted(step: Coroutine[Any, Any, T]) -> T:
     """Runs `step` to its end even when the caller is cancelled; the cancellation is raised then.
 

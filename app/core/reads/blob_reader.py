@@ -22,9 +22,9 @@ from app.core.reads.log_reader import REMOTE_READS, BlobCache, CachedBlob
 from app.core.stores.manifest.records import BlobRef
 from app.core.stores.remote.protocol import BlobMissing
 
-SMALL_BLOB_BYTES = 128 * 1024
+SMALL_BLOB_BYTES = 512 * 1024
 """A request costs more time than this many bytes do."""
-SMALL_BLOBS_KEPT_BYTES = 8 * 1024 * 1024
+SMALL_BLOBS_KEPT_BYTES = 16 * 1024 * 1024
 
 T = TypeVar("T")
 

@@ -7,6 +7,7 @@ Concurrency: a directory and a block are fetched by one reader at a time, for al
 Cancellation: a fetch ends with the last one who waits for it. Crash: nothing here is written.
 """
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from app.core.base.tasks import TaskScope, for_each
+from app.core.base.errors import BopError
+from app.core.base.tasks import TaskScope, both, for_each
 from app.core.formats.codecs import codec_code
 from app.core.formats.container import ContainerKind
 from app.core.formats.damage import Damage
@@ -79,16 +81,20 @@ class PageBlobs:
         key = PageKey(layer.blob.sha256, page_no)
         if not options.bypass and (known := self._cache.get(key)) is not None:
             return known, "page_cache"
-        directory = await self._directory(layer)
+        directory = await self._directory_to_patch(layer)
         place = directory.locate(page_no)
         if place is None:
             return None
         if place.is_zero:
             return bytes(directory.page_size), "page_cache"
-        run = await self._block(layer, directory, place.block, page_no, options)
+        block = self._block(layer, directory, place.block, page_no, options)
+        base_page: bytes | None = None
+        if place.needs_base:
+            run, base_page = await both(block, self._base_page(layer, page_no, options))
+        else:
+            run = await block
         page = run.pages.get(page_no)
         if page is None:
-            base_page = await self._base_page(layer, page_no, options)
             try:
                 page = directory.page(run.blocks[place.block], place, base_page)
             except Damage as error:
@@ -96,6 +102,24 @@ class PageBlobs:
             if options.populate and not options.bypass:
                 self._cache.put(key, page)
         return page, run.tier
+
+    async def _directory_to_patch(self, layer: Layer) -> PageBlobDirectory:
+        """The layer's directory, and with it that of the base, most likely to be asked next: what
+        a cold patch takes is two round trips then, not four.
+        """
+        match layer:
+            case DeltaLayer(encoded_against=BaseLayer() as base) if (
+                self._directories.get(layer.blob.sha256) is None
+                and self._directories.get(base.blob.sha256) is None
+            ):
+                directory, _ = await both(self._directory(layer), self._try_directory(base))
+                return directory
+            case _:
+                return await self._directory(layer)
+
+    async def _try_directory(self, layer: Layer) -> None:
+        with contextlib.suppress(BopError):  # told to whoever needs it
+            await self._directory(layer)
 
     async def _base_page(self, layer: Layer, page_no: int, options: FetchOptions) -> bytes | None:
         match layer:

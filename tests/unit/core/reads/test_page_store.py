@@ -235,7 +235,9 @@ async def test_generations_that_are_gone_or_never_were(db):
 
 
 async def test_a_cold_page_takes_two_ranged_reads_and_its_neighbours_none(tmp_path):
-    async with paged_database(tmp_path, page_size=4096, chunk_bytes=1 << 20) as db:
+    async with paged_database(
+        tmp_path, page_size=4096, chunk_bytes=1 << 20, small_blob_bytes=0
+    ) as db:
         await db.publish(rewrites={0: {n: made_page(n, 4096) for n in range(1, 257)}}, local=False)
         assert await tier_of(db, 100) == "remote"
         assert len(db.remote.reads) == 2
@@ -466,6 +468,48 @@ async def test_an_entry_read_whole_is_read_once_and_checked(db):
             await newest(db)
     path.write_bytes(intact)
     assert await newest(db) == db.expected()
+
+
+@pytest.mark.parametrize(
+    ("small_blob_bytes", "gets", "at_once"),
+    [(0, 4, [2, 2]), (1 << 20, 2, [2])],
+    ids=["large blobs: directories, then blocks", "small blobs: each whole"],
+)
+async def test_a_cold_patch_takes_two_round_trips(tmp_path, small_blob_bytes, gets, at_once):
+    async with paged_database(
+        tmp_path, page_size=PAGE, chunk_bytes=CHUNK, small_blob_bytes=small_blob_bytes
+    ) as db:
+        await db.publish(rewrites={0: {n: page(n) for n in range(1, 129)}}, local=False)
+        await db.publish(deltas={0: {7: changed(page(7))}}, local=False)
+        rounds: list[int] = []
+        get_blob, waiting = db.remote.get_blob, 0
+
+        async def get_with_others(*args, **kwargs):
+            """Answers when whoever asks at the same time has asked, too."""
+            nonlocal waiting
+            waiting += 1
+            for _ in range(50):
+                await asyncio.sleep(0)
+            if waiting:
+                rounds.append(waiting)
+                waiting = 0
+            return await get_blob(*args, **kwargs)
+
+        db.remote.get_blob = get_with_others
+        assert await tier_of(db, 7) == "remote"
+        assert len(db.remote.reads) == gets
+        assert rounds == at_once
+
+
+async def test_a_base_that_is_away_does_not_matter_to_pages_that_are_whole(db):
+    await db.publish(rewrites={0: {n: page(n) for n in range(1, 100)}}, local=False)
+    await db.publish(deltas={0: {7: changed(page(7)), 110: page(1000)}}, local=False)
+    with db.manifest.read() as view:
+        (base,) = view.chunk_rows_of(db.db_id, 0)
+    del db.remote.objects[base.blob.key]
+    assert await tier_of(db, 110) == "remote"
+    with pytest.raises(CorruptBlob):
+        await tier_of(db, 7)
 
 
 async def test_a_patch_whose_base_is_another_one_is_refused(db):
