@@ -60,7 +60,7 @@ bench: setup ## ratios against raw ceilings measured in the same run
 	$(BIN)/python -m benchmarks
 
 .PHONY: load
-load: setup ## many clients and databases against one service, bounded in time
+load: setup ## load scenarios at a small size; python -m benchmarks.load --help for more
 	$(BIN)/python -m benchmarks.load
 
 .PHONY: pins

@@ -15,6 +15,7 @@ from app.cli import (
     demo,
     history,
     jobs,
+    limits,
     operations,
     records,
     replicate,
@@ -22,6 +23,7 @@ from app.cli import (
     service,
     tokens,
     truncations,
+    upkeep,
 )
 from app.cli.failures import Failure, wrong_usage
 from app.cli.screen import Output, Screen
@@ -141,6 +143,10 @@ app.command("fork", rich_help_panel="Checkpoints")(history.fork)
 databases.app.command("update")(history.update)
 app.add_typer(jobs.app, name="jobs", rich_help_panel="Checkpoints")
 app.add_typer(operations.leases, name="leases", rich_help_panel="Operations")
+app.add_typer(limits.flags, name="flags", rich_help_panel="Operations")
+app.add_typer(limits.quota, name="quota", rich_help_panel="Operations")
+app.add_typer(upkeep.queue, name="queue", rich_help_panel="Operations")
+app.command("janitor", rich_help_panel="Operations")(upkeep.janitor)
 app.add_typer(operations.manifest, name="manifest", rich_help_panel="Operations")
 
 

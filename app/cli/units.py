@@ -1,6 +1,10 @@
 """Numbers as people read them. Pure."""
 
+import re
 from datetime import UTC, datetime
+
+_UNITS = {"B": 0, "KIB": 1, "MIB": 2, "GIB": 3, "TIB": 4}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
 def bytes_text(count: int) -> str:
@@ -11,6 +15,15 @@ def bytes_text(count: int) -> str:
             return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     raise AssertionError("the last unit takes everything")
+
+
+def parse_bytes(text: str) -> int:
+    """'1.5 KiB' as 1536. Raises ValueError."""
+    found = _SIZE.fullmatch(text.strip())
+    power = _UNITS.get(found[2].upper() or "B") if found is not None else None
+    if found is None or power is None:
+        raise ValueError(f"{text!r} is no size; write bytes, or as in 10GiB.")
+    return round(float(found[1]) * 1024**power) if "." in found[1] else int(found[1]) << 10 * power
 
 
 def seconds_text(seconds: float) -> str:

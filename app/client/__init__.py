@@ -28,9 +28,11 @@ from app.client.history import History
 from app.client.images import Images
 from app.client.jobs import Checkpoints, Jobs
 from app.client.libsql import Libsql
+from app.client.limits import Limits
 from app.client.operations import Operations
 from app.client.records import Record, RecordBatch, Records
 from app.client.truncations import Truncations
+from app.client.upkeep import Upkeep
 from app.core.base.clock import Clock, Randomness, SystemClock, SystemRandomness
 
 __all__ = [
@@ -104,6 +106,8 @@ class BopClient:
         self.truncations = Truncations(calls)
         self.jobs = Jobs(calls)
         self.operations = Operations(calls)
+        self.limits = Limits(calls)
+        self.upkeep = Upkeep(calls)
 
     async def __aenter__(self) -> Self:
         await self._http.__aenter__()

@@ -3,7 +3,14 @@ from datetime import UTC, datetime
 import pytest
 
 from app.cli.demo_log import iter_log
-from app.cli.units import bytes_text, lsns_text, rate_text, seconds_text, time_text
+from app.cli.units import (
+    bytes_text,
+    lsns_text,
+    parse_bytes,
+    rate_text,
+    seconds_text,
+    time_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,3 +60,17 @@ def test_the_demo_log_is_the_same_for_the_same_seed_and_lines_of_json():
     assert sum(batch.count for batch in batches) == body.count(b"\n")
     assert len(batches) == 6
     assert {"ts", "level", "msg"} <= set(json.loads(body.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("0", 0), ("12", 12), ("12B", 12), ("1.5 KiB", 1536), ("2gib", 2 << 30), ("9TiB", 9 << 40)],
+)
+def test_sizes_are_read(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "-1", "much", "1GB", "1.5.2KiB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="no size"):
+        parse_bytes(text)
