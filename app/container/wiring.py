@@ -66,6 +66,7 @@ from app.core.stores.local.hot_cache import HotCache
 from app.core.stores.manifest.ops import DropForeignLeases, ManifestBatch
 from app.core.stores.manifest.records import JobKind
 from app.core.stores.wal.store import WalStore
+from app.core.workers.cache_check import CacheCheck
 from app.core.workers.change_trim import ChangeTrim
 from app.core.workers.coalescing import Coalescing
 from app.core.workers.history_upload import HistoryUpload
@@ -154,6 +155,7 @@ async def open_container(
             claim,
             work.janitor,
             work.triggers,
+            CacheCheck(storage.hot_cache, events=events),
             LeaseReaper(
                 ground.manifest,
                 clock=ground.clock,
@@ -386,6 +388,7 @@ def _checkpoint_parts(
         scratch_links=storage.scratch_links,
         hot_cache=storage.hot_cache,
         quota=storage.quota,
+        wal_since=storage.backlog.dirty_since,
         remote=claim.remote,
         ownership=ground.ownership,
         release=storage.release,

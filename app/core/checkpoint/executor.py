@@ -194,6 +194,7 @@ class CheckpointExecutor:
             job_id=job.job_id,
             size_bytes=plan.room_bytes(links=parts.scratch_links),
             drain=plan.frees_wal,
+            since=parts.wal_since(job.db_id),
         )
         failpoints.fp("quota.after_reserve")
 

@@ -41,6 +41,8 @@ class CheckpointParts:
     """Scratch takes hard links of WAL segments."""
     hot_cache: HotCache
     quota: StorageQuota
+    wal_since: Callable[[int], float]
+    """Since when the database has unpublished WAL, by the monotonic clock."""
     remote: Callable[[], RemoteStore]
     """The claimed remote store; raises NotReady until the prefix is ours."""
     ownership: PrefixOwnership

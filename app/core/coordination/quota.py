@@ -22,6 +22,7 @@ from app.core.base import failpoints
 from app.core.base.clock import Clock
 from app.core.base.errors import InvariantViolation, QuotaExhausted
 from app.core.base.events import Events
+from app.core.coordination.drain_line import DrainLine
 from app.core.coordination.quota_levels import (
     JobUsage,
     Level,
@@ -108,6 +109,7 @@ class StorageQuota:
         self._tenants: dict[str, _Tenant] = {}
         self._jobs: dict[str, _Job] = {}
         self._anonymous: set[Reservation] = set()
+        self._drain_line = DrainLine()
         self._ledger = InodeLedger()
         self._reclaimers: list[Reclaimer] = []
         self._reclaiming = asyncio.Lock()
@@ -145,13 +147,19 @@ class StorageQuota:
     # --- reservations
 
     async def reserve(
-        self, *, tenant: str, job_id: str | None, size_bytes: int, drain: bool = False
+        self,
+        *,
+        tenant: str,
+        job_id: str | None,
+        size_bytes: int,
+        drain: bool = False,
+        since: float = 0.0,
     ) -> Reservation:
         """Raises QuotaExhausted. Short of global room, reclaimers are asked before refusing.
 
         With `drain`, what ordinary budgets refuse is taken from the drain reserve, so that the
         checkpoint that frees WAL always runs: one that is larger than the whole reserve has it
-        alone.
+        alone, and of those that are refused the one with the oldest WAL (`since`) goes first.
         """
         while True:
             if taken := self.reserve_now(tenant=tenant, job_id=job_id, size_bytes=size_bytes):
@@ -161,9 +169,16 @@ class StorageQuota:
                 break
         if not drain:
             raise self._refusal(shortage, tenant)
-        drained = find_shortage((self._drain,), size_bytes)
-        if drained is not None and (self._drain.used_bytes or not self._drain.limit_bytes):
-            raise self._refusal(drained, tenant)
+        now = self._clock.monotonic()
+        who = job_id or ""
+        waits_for = self._drain_line.before(who, since=since, now=now)
+        drained = find_shortage((self._drain,), size_bytes + waits_for)
+        if drained is not None and (
+            self._drain.used_bytes or waits_for or not self._drain.limit_bytes
+        ):
+            self._drain_line.join(who, since=since, size_bytes=size_bytes, now=now)
+            raise self._refusal(find_shortage((self._drain,), size_bytes) or drained, tenant)
+        self._drain_line.leave(who)
         return self._take(tenant, job_id, size_bytes, drained=True)
 
     def reserve_now(

@@ -8,6 +8,7 @@ An append larger than the share passes while the database has nothing unpublishe
 never be.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from app.core.coordination.quota_levels import FreedRate
@@ -69,6 +70,12 @@ class WalBacklog:
 
     def get(self, db_id: int) -> Backlog | None:
         return self._databases.get(db_id)
+
+    def dirty_since(self, db_id: int) -> float:
+        """Infinite for a database without unpublished WAL."""
+        entry = self._databases.get(db_id)
+        since = None if entry is None else entry.dirty_since
+        return math.inf if since is None else since
 
     def dirty(self, tenant: str | None = None) -> list[Backlog]:
         """Databases with unpublished WAL, of one tenant or of all, oldest WAL first."""

@@ -9,7 +9,6 @@ Crash: nothing is kept; recovery tells anew what is dirty.
 """
 
 import asyncio
-import math
 from dataclasses import dataclass
 
 from app.core.base.clock import Clock
@@ -101,7 +100,7 @@ class CheckpointTriggers:
             entry = self._backlog.get(db_id)
             if entry is not None and entry.pressed_since is not None:
                 wanted_now.add(db_id)
-        for db_id in sorted(wanted_now, key=self._dirty_since):
+        for db_id in sorted(wanted_now, key=self._backlog.dirty_since):
             if not await self._begin(db_id, reason=WAL_PRESSURE):
                 self._pressed.arm(db_id, due=now + AGAIN_SECONDS)
         for db_id in self._timers.take_due(now):
@@ -126,11 +125,6 @@ class CheckpointTriggers:
             for tenant in starved
             for entry in self._backlog.dirty(tenant)[:STARVED_AT_ONCE]
         }
-
-    def _dirty_since(self, db_id: int) -> tuple[float, int]:
-        entry = self._backlog.get(db_id)
-        since = None if entry is None else entry.dirty_since
-        return (math.inf if since is None else since), db_id
 
     def _wanted(self, db_id: int) -> _Wanted | None:
         entry = self._backlog.get(db_id)

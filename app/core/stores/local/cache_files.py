@@ -4,6 +4,7 @@ All of it blocks and belongs in a pool. A file gets its name by rename, whole or
 """
 
 import errno
+import hashlib
 import itertools
 import os
 import re
@@ -17,6 +18,7 @@ from app.core.base import failpoints
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _INCOMING = "incoming"
+_HASH_BYTES = 1024 * 1024
 # Another file system, one without hard links, or an inode with too many of them.
 _CANNOT_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP})
 
@@ -64,6 +66,14 @@ class CacheFiles:
 
     def open_file_blocking(self, sha256: str) -> int:
         return os.open(self.path(sha256), os.O_RDONLY)
+
+    def hash_blocking(self, descriptor: int) -> str:
+        """SHA-256 of all of an open file."""
+        digest, offset = hashlib.sha256(), 0
+        while piece := os.pread(descriptor, _HASH_BYTES, offset):
+            digest.update(piece)
+            offset += len(piece)
+        return digest.hexdigest()
 
     def link_blocking(self, source: Path, sha256: str, size_bytes: int) -> CachedFile:
         """Links or copies `source` in; raises OSError, and leaves nothing, if that cannot be."""

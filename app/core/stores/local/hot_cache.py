@@ -9,7 +9,7 @@ unlinks it under its readers, whose descriptors stay good.
 Cancellation: a step on the disk and its entry in the index are one: it ends first, then the
 cancellation is raised.
 Crash: nothing is synced, for losing it all costs only time; `open` lists what is there. After a
-power cut a file may hold rubbish: the readers' block checks find it and call `drop`.
+power cut a file may hold rubbish: `verify` finds it, or the readers' block checks, which `drop` it.
 """
 
 import errno
@@ -242,6 +242,37 @@ class HotCache:
     def _unpin(self, entry: _Entry) -> None:
         entry.pins -= 1
         assert entry.pins >= 0
+
+    async def verify(self, sha256: str) -> bool:
+        """Whether the file is what its name says; one that is not is dropped. Absent is fine, and
+        it is no use of the file.
+        """
+        entry = self._entries.get(sha256)
+        if entry is None:
+            return True
+        entry.pins += 1
+        try:
+            pinned = await self._open(sha256, entry)
+        except OSError as error:
+            if error.errno in _FILE_IS_LOST:
+                await self._drop_entry(sha256, entry)
+                return False
+            return True
+        try:
+            found = await uninterrupted(
+                self._pool.run(self._files.hash_blocking, pinned.descriptor)
+            )
+        except OSError as error:
+            found = str(error)
+        finally:
+            pinned.close()
+        if found != sha256:
+            await self._drop_entry(sha256, entry)
+        return found == sha256
+
+    def names(self) -> tuple[str, ...]:
+        """Of all files, least recently used first."""
+        return tuple(self._entries)
 
     # --- out
 

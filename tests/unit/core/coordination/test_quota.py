@@ -245,6 +245,74 @@ async def test_drain_reserve_serves_a_checkpoint_when_all_else_is_full():
     quota.check()
 
 
+async def test_the_drain_reserve_serves_the_oldest_wal_first():
+    clock = FakeClock()
+    quota = make_quota(10, drain=100, clock=clock)
+
+    async def drain(job_id: str, size: int, since: float) -> Reservation:
+        return await quota.reserve(
+            tenant="acme", job_id=job_id, size_bytes=size, drain=True, since=since
+        )
+
+    held = await drain("J1", 80, since=1)
+    for job_id, size, since in [("old", 60, 2), ("young", 50, 3)]:
+        with pytest.raises(QuotaExhausted):
+            await drain(job_id, size, since)
+    held.release()
+    with pytest.raises(QuotaExhausted):
+        await drain("young", 50, since=3)  # there is room, but it is the older one's
+    small = await drain("small", 40, since=2.5)  # both fit
+    old = await drain("old", 60, since=2)
+    small.release()
+    with pytest.raises(QuotaExhausted):
+        await drain("young", 50, since=3)
+    with pytest.raises(QuotaExhausted):
+        await drain("gone", 60, since=1)
+    old.release()
+    with pytest.raises(QuotaExhausted):
+        await drain("young", 50, since=3)
+    clock.advance(91)  # the other has not come back: it was cancelled
+    await drain("young", 50, since=3)
+    quota.check()
+
+
+async def test_one_larger_than_the_drain_reserve_has_it_alone():
+    quota = make_quota(10, drain=50)
+    large = await quota.reserve(tenant="a", job_id="J1", size_bytes=200, drain=True)
+    assert large.drained
+    quota.check()
+    with pytest.raises(QuotaExhausted):
+        await quota.reserve(tenant="a", job_id="J2", size_bytes=20, drain=True)
+    large.release()
+    quota.check()
+    await quota.reserve(tenant="a", job_id="J2", size_bytes=20, drain=True)
+    with pytest.raises(QuotaExhausted):
+        await quota.reserve(tenant="a", job_id="J1", size_bytes=200, drain=True)
+    none = make_quota(10)
+    with pytest.raises(QuotaExhausted):
+        await none.reserve(tenant="a", job_id="J1", size_bytes=11, drain=True)
+
+
+async def test_what_is_spent_is_not_freed():
+    """The rate behind Retry-After counts bytes that went, not those that became files."""
+    clock = FakeClock()
+    quota = make_quota(1000, clock=clock)
+    account = quota.account(kind=UsageKind.WAL, owner="1", tenant="acme")
+    for number in range(9):
+        held = quota.reserve_now(tenant="acme", job_id=None, size_bytes=100)
+        assert held is not None
+        account.charge(f"{number}", device=1, inode=number, size_bytes=100)
+        held.spend(100)
+        assert (held.size_bytes, used(quota)["global"]) == (0, 100 * (number + 1))
+    assert quota.reserve_now(tenant="acme", job_id=None, size_bytes=101) is None
+    with pytest.raises(QuotaExhausted) as refused:
+        await quota.make_room(tenant="acme", size_bytes=101)
+    assert refused.value.retry_after_seconds == 5  # nothing was freed
+    account.forget()
+    assert used(quota) == {**EMPTY, "tenants": {}}
+    quota.check()
+
+
 class Cache:
     """A reclaimer that frees after a turn of the loop, as a real one does."""
 

@@ -17,6 +17,7 @@ from app.core.base.tasks import BlockingPool
 from app.core.coordination.quota import StorageQuota
 from app.core.coordination.usage import UsageKind
 from app.core.stores.local.hot_cache import HotCache, plan_eviction
+from app.core.workers.cache_check import CacheCheck
 from tests.helpers.fake_clock import FakeClock
 
 
@@ -489,3 +490,43 @@ async def test_names_are_hashes_only(tmp_path, open_cache):
     for name in ("../../etc/passwd", "AB" * 32, ""):
         with pytest.raises(InvariantViolation):
             await cache.admit_link(tmp_path, sha256=name, size_bytes=1)
+
+
+async def test_files_found_at_start_are_hashed_in_the_background(tmp_path, open_cache, record):
+    good, bad, gone = blob(1), blob(2), blob(3)
+    cache = await open_cache()
+    for data in (good, bad, gone):
+        await cache.admit_link(stage(tmp_path, data), sha256=sha(data), size_bytes=len(data))
+    files = {sha(data): next((tmp_path / "hot_cache").rglob(sha(data))) for data in (bad, gone)}
+    shutil.rmtree(tmp_path / "staged")
+    files[sha(bad)].write_bytes(b"?" + bad[1:])  # of the same size: only its bytes tell
+
+    cache = await open_cache()
+    files[sha(gone)].unlink()
+    check = CacheCheck(cache, events=record.events)
+    assert await check.run_once() == 2
+    assert cache.names() == (sha(good),)
+    assert not files[sha(bad)].exists()
+    assert (cache.stats().hits, cache.stats().misses, cache.stats().pinned) == (0, 0, 0)
+    assert record.charged == len(good)
+    assert "hot_cache.verified" in record.names
+    assert await check.run_once() == 0
+    assert await cache.verify(sha(bad))  # what is absent is no damage
+
+
+async def test_a_download_makes_room_within_the_quota(tmp_path, open_cache, record):
+    cache = await open_cache(limit=1000)
+    for number in (1, 2):
+        async with cache.writer(sha256=sha(blob(number)), size_bytes=100) as writer:
+            await writer.write(blob(number))
+            assert await writer.commit()
+    record.quota.set_global_limit(250)
+    async with cache.writer(sha256=sha(blob(3)), size_bytes=100) as writer:
+        await writer.write(blob(3))
+        assert await writer.commit()
+    assert cache.names() == (sha(blob(2)), sha(blob(3)))
+    record.quota.set_global_limit(99)
+    async with cache.writer(sha256=sha(blob(4)), size_bytes=100) as writer:
+        await writer.write(blob(4))
+        assert not await writer.commit()  # the bytes were right, but there is no room for them
+    assert record.charged <= 200
