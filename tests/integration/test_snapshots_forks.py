@@ -207,6 +207,17 @@ async def test_pages_of_snapshots_and_forks(server: ServerProcess, tmp_path: Pat
         assert await image(client, "third", generation=3) == children[3]
         assert await image(client, "app", snapshot="two") == states[2]
 
+    # What can be restored is said before the collector comes by; what is pinned stays.
+    rules = {"keep_generations": None, "keep_seconds": None, "minimum_generations": 2}
+    changed = await send(client, "PATCH", "app", 200, json={"retention": rules})
+    assert changed["retention"] == rules
+    assert (changed["earliest_generation"], changed["latest_generation"]) == (2, 4)
+    gone = await send(client, "GET", "app/generations?expiring=true", 200)
+    assert [one["generation"] for one in gone["items"]] == [1]
+    keep_all = {"keep_generations": 10}
+    changed = await send(client, "PATCH", "app", 200, json={"retention": keep_all})
+    assert (changed["retention"], changed["earliest_generation"]) == (rules | keep_all, 1)
+
     assert await image(client, "app") == app.content != newest
     await check()
     await server.restart()

@@ -2,9 +2,9 @@
 
 A snapshot pins a whole generation: it stays readable, whatever the retention policy says. A fork
 pins rows, not the generation: as long as a chunk of it falls through to the parent, the parent's
-rows of that chunk as of the fork stay (`ManifestView.inheriting_forks`), and a blob stays as long
-as any database's row names it (`ManifestView.naming_databases`). The manifest's ops refuse to
-remove what is pinned, whatever was decided before their transaction.
+rows of that chunk as of the fork stay (`ManifestView.inheriting_forks`); once the fork has rows of
+its own, those name the blobs. The manifest's ops refuse to remove what is pinned, whatever was
+decided before their transaction.
 """
 
 from collections.abc import Iterable
@@ -28,12 +28,11 @@ class Pin:
 
 
 def pins_of(snapshots: Iterable[SnapshotRecord], forks: Iterable[ForkRecord]) -> tuple[Pin, ...]:
-    """Of one database, by generation. Forks that only share blobs pin no generation."""
+    """Of one database, by generation."""
     found = [Pin(generation=one.generation, kind="snapshot", name=one.name) for one in snapshots]
     found += [
         Pin(generation=fork.generation, kind="fork", name=f"{fork.tenant}/{fork.database}")
         for fork in forks
-        if fork.generation
     ]
     return tuple(sorted(found))
 

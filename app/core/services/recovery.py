@@ -29,7 +29,6 @@ from app.core.stores.manifest.ops import (
     CreateSnapshot,
     ManifestBatch,
     Op,
-    RegisterFork,
     RestoreDatabase,
     RestoreGeneration,
     UpsertChunk,
@@ -38,8 +37,6 @@ from app.core.stores.manifest.ops import (
 from app.core.stores.manifest.records import (
     ChunkDeltaRecord,
     ChunkRecord,
-    DatabaseRecord,
-    ForkRecord,
     SnapshotRecord,
 )
 from app.core.stores.manifest.store import ManifestStore
@@ -159,7 +156,6 @@ async def _restore(
         ops.append(RestoreGeneration(row=generation))
     pinned = pinned_rows(snapshots, {_number(document) for _, document in documents})
     ops += [CreateSnapshot(row=row) for row in pinned]
-    ops += [RegisterFork(row=row) for row in shared_blobs(record, rows)]
     await manifest.commit(
         ManifestBatch(ops=tuple(ops), reason="database.recovered", db_id=record.db_id)
     )
@@ -183,25 +179,6 @@ def pinned_rows(
     """
     by_age = sorted(snapshots, key=lambda row: row.created_at_us)
     return list({row.name: row for row in by_age if row.generation in generations}.values())
-
-
-def shared_blobs(record: DatabaseRecord, rows: Sequence[ChunkRecord]) -> list[ForkRecord]:
-    """A fork's documents hold all of its chunks, so it needs no row of its parent any more. But
-    blobs that are or were another database's have to be known as shared (I8). Pure.
-    """
-    parent = record.forked_from
-    origins = {row.origin_db_id for row in rows} - {0, record.db_id}
-    origins -= set() if parent is None else {parent.db_id}
-    return [
-        ForkRecord(
-            db_id=origin,
-            child_db_id=record.db_id,
-            generation=0,
-            tenant=record.tenant,
-            database=record.name,
-        )
-        for origin in sorted(origins)
-    ]
 
 
 def catalogue_rows(documents: Sequence[GenerationDocument]) -> list[ChunkRecord]:

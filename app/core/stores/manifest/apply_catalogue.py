@@ -42,7 +42,6 @@ from app.core.stores.manifest.ops import (
     PublishGeneration,
     RaiseFirstLsn,
     RaiseFloor,
-    RegisterFork,
     RegisterSegment,
     RemoveDatabase,
     RemoveSegment,
@@ -151,13 +150,7 @@ def apply_catalogue(rows: Rows, op: CatalogueOp) -> None:  # noqa: C901 - a case
                 raise WrongState("The newest generation stays.", db_id=op.db_id)
             check_no_snapshot(rows, op.db_id, op.generation)
             rows.delete(GENERATIONS, key)
-        case (
-            CreateSnapshot()
-            | MarkSnapshotStored()
-            | DeleteSnapshot()
-            | RegisterFork()
-            | AdoptEveryChunk()
-        ):
+        case CreateSnapshot() | MarkSnapshotStored() | DeleteSnapshot() | AdoptEveryChunk():
             apply_history(rows, op)
         case CreateDatabase():
             raise InvariantViolation("CreateDatabase is logged and applied as RestoreDatabase.")

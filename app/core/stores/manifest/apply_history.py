@@ -20,7 +20,6 @@ from app.core.stores.manifest.ops import (
     CreateSnapshot,
     DeleteSnapshot,
     MarkSnapshotStored,
-    RegisterFork,
 )
 from app.core.stores.manifest.records import (
     ChunkDeltaRecord,
@@ -41,7 +40,7 @@ from app.core.stores.manifest.tables import (
     snapshot_key,
 )
 
-HistoryOp = CreateSnapshot | MarkSnapshotStored | DeleteSnapshot | RegisterFork | AdoptEveryChunk
+HistoryOp = CreateSnapshot | MarkSnapshotStored | DeleteSnapshot | AdoptEveryChunk
 
 
 def apply_history(rows: Rows, op: HistoryOp) -> None:
@@ -55,8 +54,6 @@ def apply_history(rows: Rows, op: HistoryOp) -> None:
         case DeleteSnapshot():
             _require_snapshot(rows, op.db_id, op.name)
             rows.delete(SNAPSHOTS, snapshot_key(op.db_id, op.name))
-        case RegisterFork(row=fork):
-            rows.put(FORKS, fork_key(fork.db_id, fork.child_db_id), fork)
         case AdoptEveryChunk():
             adopt_every_chunk(rows, op.db_id)
         case _:

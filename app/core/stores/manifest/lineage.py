@@ -179,7 +179,7 @@ def is_valid_at(row: ChunkRecord | ChunkDeltaRecord, generation: int) -> bool:
     )
 
 
-# --- who needs a row, who names a blob
+# --- who needs a row
 
 
 def forks_of(rows: ReadRows, db_id: int) -> list[ForkRecord]:
@@ -193,28 +193,6 @@ def inheritors(rows: ReadRows, row: ChunkRecord | ChunkDeltaRecord) -> Iterator[
     for fork in forks_of(rows, row.db_id):
         if _falls_through(rows, fork.child_db_id, row.chunk_id) and _reaches(rows, fork, row):
             yield fork
-
-
-def naming_databases(rows: ReadRows, row: ChunkRecord | ChunkDeltaRecord) -> set[int]:
-    """The databases with a row that names the row's blob, its own included: forks that adopted
-    the chunk name it as well. A blob may be doomed only with the last of them.
-    """
-    if row.blob is None:
-        return set()
-    key, naming, seen = row.blob.key, set(), set()
-    left = [row.origin_db_id or row.db_id, row.db_id]
-    while left:
-        db_id = left.pop()
-        if db_id in seen:
-            continue
-        seen.add(db_id)
-        own = _own(rows, db_id, row.chunk_id)
-        if any(base.blob is not None and base.blob.key == key for base in own.bases) or any(
-            key in {delta.blob.key, delta.base_key} for delta in own.deltas
-        ):
-            naming.add(db_id)
-        left += [fork.child_db_id for fork in forks_of(rows, db_id)]
-    return naming
 
 
 def _falls_through(rows: ReadRows, db_id: int, chunk_id: int) -> bool:

@@ -23,7 +23,6 @@ from app.core.stores.manifest.records import (
     DatabaseState,
     Engine,
     ForkParent,
-    ForkRecord,
     GenerationRecord,
     HealthState,
     IdempotencyRecord,
@@ -234,12 +233,6 @@ class DeleteSnapshot(Op, frozen=True, kw_only=True, tag=True):
     name: str
 
 
-class RegisterFork(Op, frozen=True, kw_only=True, tag=True):
-    """Known from what rows share; `recover` only. `RestoreDatabase` registers with the parent."""
-
-    row: ForkRecord
-
-
 class AdoptEveryChunk(Op, frozen=True, kw_only=True, tag=True):
     """Copies what a fork inherits into rows of its own, so that nothing falls through."""
 
@@ -288,7 +281,6 @@ CatalogueOp: TypeAlias = (
     | CreateSnapshot
     | MarkSnapshotStored
     | DeleteSnapshot
-    | RegisterFork
     | AdoptEveryChunk
 )
 CATALOGUE_OPS: tuple[type[Op], ...] = get_args(CatalogueOp)

@@ -201,7 +201,7 @@ class SnapshotRecord(Record, array_like=True, frozen=True, kw_only=True):
 
 class ForkRecord(Record, array_like=True, frozen=True, kw_only=True):
     """`child_db_id` was made from database `db_id` at `generation`. It stays until the child's last
-    row is gone. Generation 0: the child only shares blobs that were this database's (`recover`).
+    row is gone.
     """
 
     db_id: int

@@ -27,7 +27,6 @@ from app.core.stores.manifest.ops import (
     Op,
     PublishGeneration,
     Receipt,
-    RegisterFork,
     RegisterSegment,
     RestoreDatabase,
     RestoreGeneration,
@@ -152,7 +151,6 @@ def database_of(op: CatalogueOp) -> int:
             | RegisterSegment()
             | RestoreGeneration()
             | CreateSnapshot()
-            | RegisterFork()
         ):
             return op.row.db_id
         case _:

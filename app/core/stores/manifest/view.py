@@ -18,7 +18,6 @@ from app.core.stores.manifest.lineage import (
     depth_of,
     inheritors,
     log_range,
-    naming_databases,
 )
 from app.core.stores.manifest.records import (
     ChangeRecord,
@@ -246,13 +245,6 @@ class ManifestView:
         """The forks that read the row by fall-through: it must stay for them (I8)."""
         with self._access as rows:
             return list(inheritors(rows, row))
-
-    def naming_databases(self, row: ChunkRecord | ChunkDeltaRecord) -> set[int]:
-        """The databases, its own included, with a row that names the row's blob: the blob may be
-        doomed only together with the last of these rows (I8).
-        """
-        with self._access as rows:
-            return naming_databases(rows, row)
 
     def remembered_appends(self, db_id: int) -> dict[int, tuple[RememberedAppend, ...]]:
         """By segment."""

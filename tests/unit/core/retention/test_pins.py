@@ -14,7 +14,7 @@ def fork(name: str, generation: int) -> ForkRecord:
 
 def test_pins_have_names_and_snapshots_hold_the_generation() -> None:
     snapshots = [snapshot("b", 3), snapshot("a", 3)]
-    pins = pins_of(snapshots, [fork("copy", 2), fork("recovered", 0)])
+    pins = pins_of(snapshots, [fork("copy", 2)])
     assert pins == (
         Pin(generation=2, kind="fork", name="acme/copy"),
         Pin(generation=3, kind="snapshot", name="a"),

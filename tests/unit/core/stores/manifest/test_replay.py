@@ -12,7 +12,7 @@ from app.core.base.errors import InvariantViolation
 from app.core.stores.manifest import ops
 from app.core.stores.manifest.derived import index_entries
 from app.core.stores.manifest.errors import BatchRefused
-from app.core.stores.manifest.records import Retention
+from app.core.stores.manifest.records import ForkParent, Retention, SnapshotRecord
 from app.core.stores.manifest.replay import replay
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.manifest.tables import DERIVED_INDEXES
@@ -42,6 +42,39 @@ def each_op() -> st.SearchStrategy[ops.Op]:
     return st.one_of(
         st.builds(create, st.sampled_from("ab"), engine=st.sampled_from(["libsql", "append_only"])),
         st.builds(lambda i: ops.RestoreDatabase(record=descriptor(i, f"r{i}")), st.integers(1, 9)),
+        st.builds(
+            lambda i, parent, generation: ops.RestoreDatabase(
+                record=descriptor(
+                    i,
+                    f"f{i}",
+                    generation=generation,
+                    forked_from=ForkParent(
+                        tenant="acme", database="first", db_id=parent, generation=generation
+                    ),
+                )
+            ),
+            db_ids,
+            db_ids,
+            generations,
+        ),
+        st.builds(
+            lambda db_id, name, generation: ops.CreateSnapshot(
+                row=SnapshotRecord(
+                    db_id=db_id,
+                    name=name,
+                    generation=generation,
+                    last_lsn=1,
+                    page_count=1,
+                    created_at_us=1,
+                )
+            ),
+            db_ids,
+            st.sampled_from("st"),
+            generations,
+        ),
+        st.builds(ops.DeleteSnapshot, db_id=db_ids, name=st.sampled_from("st")),
+        st.builds(ops.MarkSnapshotStored, db_id=db_ids, name=st.sampled_from("st")),
+        st.builds(ops.AdoptEveryChunk, db_id=db_ids),
         st.builds(ops.DeleteChunk, **places),
         st.builds(ops.DeleteChunkDelta, **places),
         st.builds(ops.SupersedeChunkDelta, superseded_at=generations, **places),
