@@ -134,6 +134,9 @@ class Settings(BaseSettings):
     change_lag_count_max: int = Field(default=1_000_000, ge=1)
     """A cursor further behind than this no longer keeps changes, and expires with them."""
     gc_grace_seconds: int = Field(default=3600, ge=0)
+    gc_interval_seconds: float = Field(default=60.0, gt=0)
+    gc_orphan_age_seconds: int = Field(default=86_400, ge=0)
+    """Objects that nobody knows count as orphans only when they are older."""
     delta_bytes_max: int = Field(default=10_000_000, ge=0)
     """A delta expected to be as large as this makes its chunk be rewritten."""
     delta_dirty_ratio_max: float = Field(default=0.5, ge=0, le=1)

@@ -10,8 +10,10 @@ from app.core.services.audit import Audit
 from app.core.services.change_feed import ChangeFeed
 from app.core.services.checkpoints import Checkpoints
 from app.core.services.cold_scans import ColdScans
+from app.core.services.collection import Collection
 from app.core.services.databases import Databases
 from app.core.services.debugging import Debugging
+from app.core.services.deletion import Deletion
 from app.core.services.forks import Forks
 from app.core.services.history import History
 from app.core.services.idempotency import Idempotency
@@ -45,6 +47,8 @@ class Services:
     snapshots: Snapshots
     forks: Forks
     change_feed: ChangeFeed
+    deletion: Deletion
+    collection: Collection
     debugging: Debugging
     idempotency: Idempotency
     approvals: Approvals

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
+from app.container.collection import collection_parts
 from app.container.ground import Ground, OnFatal, open_ground
 from app.container.scans import open_limiter
 from app.container.service import Container, Gauges, Services
@@ -31,6 +32,7 @@ from app.core.coordination.wal_room import WalRooms
 from app.core.engines.base import DeltaLimits
 from app.core.jobs.checkpoint_requests import CheckpointRequests
 from app.core.jobs.feed import JobFeed
+from app.core.jobs.handlers.prune_checkpoint import PruneCheckpoint
 from app.core.jobs.handlers.publish_chunks import PublishChunks
 from app.core.jobs.handlers.truncate_append_only import TruncateAppendOnly
 from app.core.jobs.queue import JobQueue
@@ -45,8 +47,10 @@ from app.core.services.audit import Audit
 from app.core.services.change_feed import ChangeFeed
 from app.core.services.checkpoints import Checkpoints
 from app.core.services.cold_scans import ColdScans
+from app.core.services.collection import Collection
 from app.core.services.databases import Databases
 from app.core.services.debugging import Debugging
+from app.core.services.deletion import Deletion
 from app.core.services.directory import DatabaseDirectory
 from app.core.services.forks import Forks
 from app.core.services.fsck import Fsck
@@ -69,6 +73,7 @@ from app.core.stores.wal.store import WalStore
 from app.core.workers.cache_check import CacheCheck
 from app.core.workers.change_trim import ChangeTrim
 from app.core.workers.coalescing import Coalescing
+from app.core.workers.collector import Collector
 from app.core.workers.history_upload import HistoryUpload
 from app.core.workers.janitor import ScratchJanitor
 from app.core.workers.job_loop import JobLoop
@@ -105,13 +110,14 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
-    """Durable work: the queue, and what runs it."""
+    """Durable work: the queue, and what runs it; and the collector."""
 
     queue: JobQueue
     requests: CheckpointRequests
     loop: JobLoop
     triggers: CheckpointTriggers
     janitor: ScratchJanitor
+    collector: Collector
 
 
 @asynccontextmanager
@@ -186,6 +192,7 @@ async def open_container(
                 lag_count_max=settings.change_lag_count_max,
             ),
             upload,
+            work.collector,
             work.loop,
         ):
             supervisor.start(worker)
@@ -321,6 +328,9 @@ async def _open_work(
     await queue.load()
     parts = _checkpoint_parts(ground, storage, claim, events=events)
     limits = _checkpoint_limits(settings)
+    collection = collection_parts(
+        settings, ground, wal=storage.wal, pins=storage.pins, remote=claim.remote, events=events
+    )
     handlers: dict[JobKind, JobHandler] = {
         "create_checkpoint": PublishChunks(
             CheckpointExecutor(parts, limits, CheckpointPlanning(parts, limits))
@@ -331,6 +341,7 @@ async def _open_work(
         "truncate_append_only": TruncateAppendOnly(
             TruncationExecutor(parts), queue, ground.manifest, clock=ground.clock, events=events
         ),
+        "prune_checkpoint": PruneCheckpoint(ground.manifest, collection.removal),
     }
     runner = JobRunner(
         queue,
@@ -375,7 +386,14 @@ async def _open_work(
         clock=ground.clock,
         events=events,
     )
-    return _Work(queue=queue, requests=requests, loop=loop, triggers=triggers, janitor=janitor)
+    return _Work(
+        queue=queue,
+        requests=requests,
+        loop=loop,
+        triggers=triggers,
+        janitor=janitor,
+        collector=collection.collector,
+    )
 
 
 def _checkpoint_parts(
@@ -450,6 +468,7 @@ def _services(
                 events=events,
                 clock=clock,
             ),
+            pins=storage.pins,
             record_bytes_max=settings.max_record_bytes,
         ),
         pages_in=PagesIn(
@@ -492,6 +511,15 @@ def _services(
         snapshots=Snapshots(manifest, directory, upload, clock=clock, events=events),
         forks=Forks(manifest, directory, upload, clock=clock, events=events),
         change_feed=ChangeFeed(manifest),
+        deletion=Deletion(
+            manifest,
+            directory,
+            work.queue,
+            clock=clock,
+            randomness=ground.randomness,
+            events=events,
+        ),
+        collection=Collection(manifest, work.collector, storage.pins),
         debugging=Debugging(
             manifest,
             storage.quota,

@@ -17,6 +17,10 @@ ELSEWHERE: dict[str, str] = {
         "tests/fault/test_truncation_faults.py::test_kill_at_each_step_of_a_truncation",
     ),
     **dict.fromkeys(
+        sorted(name for name in failpoints_in() if name.startswith("collect.")),
+        "tests/fault/test_collection_crash.py::test_kill_at_each_step_of_deletion_and_collection",
+    ),
+    **dict.fromkeys(
         ("truncate.before_wait", "truncate.after_cancel"),
         "tests/fault/test_truncation_faults.py"
         "::test_kill_at_each_step_of_a_truncation_against_a_checkpoint",

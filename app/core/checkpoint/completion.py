@@ -26,7 +26,9 @@ async def complete_publication(parts: CheckpointParts, hold: JobHold) -> None:
         generation = view.generation(db_id, number)
         chunks = view.chunk_states(db_id, number)
         deltas = view.delta_view(db_id, number)
-    if database is None or generation is None:
+    if database is None or database.state == "tombstoned":
+        return  # it was deleted meanwhile: nothing of it is to be kept
+    if generation is None:
         raise InvariantViolation("a published generation is gone", db_id=db_id)
     if not generation.document_stored:
         document = build_document(database, generation, chunks, deltas)

@@ -18,7 +18,7 @@ import msgspec
 
 from app.core.base import failpoints
 from app.core.base.clock import wall_us
-from app.core.base.errors import StalePlan
+from app.core.base.errors import JobCancelled, StalePlan
 from app.core.base.tasks import run_beside
 from app.core.checkpoint.blob_making import BlobMaking
 from app.core.checkpoint.completion import complete_publication
@@ -98,6 +98,8 @@ class CheckpointExecutor:
         if hold.job.published_generation is not None:
             await self._clean_up(hold)  # a power cut may have brought the scratch back
             return await self._finish(hold)
+        if self._is_deleted(hold.job.db_id):
+            raise JobCancelled("The database was deleted.")
         started = self._parts.clock.monotonic()
         self._parts.events.info("checkpoint.started", **job_fields(hold.job))
         planned = await self._plan(hold)
@@ -124,6 +126,11 @@ class CheckpointExecutor:
             **job_fields(hold.job),
         )
         return result
+
+    def _is_deleted(self, db_id: int) -> bool:
+        with self._parts.manifest.read() as view:
+            database = view.database(db_id)
+        return database is None or database.state == "tombstoned"
 
     @contextmanager
     def _told_to_caches(self, hold: JobHold, plan: CheckpointPlan) -> Iterator[None]:

@@ -47,4 +47,4 @@ def _may_go(view: ManifestView, row: WalSegmentRecord) -> bool:
     if row.state != "checkpointed" or row.covering_generation is None:
         return row.state == "dropped"
     generation = view.generation(row.db_id, row.covering_generation)
-    return generation is not None and generation.document_stored
+    return generation is None or generation.document_stored  # one that expired had been stored

@@ -124,11 +124,17 @@ class JobQueue:
             self._add_pending(job)
 
     async def enqueue(
-        self, job: JobRecord, *, join: bool, remember: Callable[[JobRecord], Op] | None = None
+        self,
+        job: JobRecord,
+        *,
+        join: bool,
+        remember: Callable[[JobRecord], Op] | None = None,
+        ops: tuple[Op, ...] = (),
     ) -> JobRecord:
         """Adds a pending job, durably. With `join`, a pending job of that kind and database that
         has not planned yet is answered instead. `remember` makes an op of what is answered, for
-        the same commit. Raises QueueDrained, and Backpressure when too many wait.
+        the same commit; `ops` are committed with a new job. Raises QueueDrained, and Backpressure
+        when too many wait.
         """
         lock = self._enqueueing.setdefault(job.db_id, asyncio.Lock())
         async with lock:
@@ -142,12 +148,14 @@ class JobQueue:
                 return joined
             self._check_depth(job.tenant)
             failpoints.fp("job.before_enqueue")
-            ops: tuple[Op, ...] = (EnqueueJob(job=job),)
+            ops = (EnqueueJob(job=job), *ops)
             if remember is not None:
                 ops = (*ops, remember(job))
             self._entering += 1
             try:
-                await self._manifest.commit(ManifestBatch(ops=ops, reason="job.enqueued"))
+                await self._manifest.commit(
+                    ManifestBatch(ops=ops, reason="job.enqueued", db_id=job.db_id)
+                )
             finally:
                 self._entering -= 1
             failpoints.fp("job.after_enqueue")

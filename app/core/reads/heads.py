@@ -54,7 +54,7 @@ class Heads:
         with self._manifest.read() as view:
             version = view.version()  # the view's own: the newest commit may not be in it yet
             database = view.database(db_id)
-            if database is None:
+            if database is None or database.state == "tombstoned":
                 raise DatabaseNotFound(db_id=db_id)
             published = view.generation(db_id, database.generation)
         return Head(

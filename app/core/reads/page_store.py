@@ -167,7 +167,7 @@ class PageStore:
         with self._manifest.read() as view:
             database = view.database(db_id)
             record = view.generation(db_id, generation)
-        if database is None:
+        if database is None or database.state == "tombstoned":
             raise DatabaseNotFound(db_id=db_id)
         if record is None:
             if 0 < generation <= database.generation:

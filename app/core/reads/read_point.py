@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from app.core.base.errors import GenerationExpired
 from app.core.reads.wal_pages import WalPages
 from app.core.stores.manifest.records import DatabaseRecord
 
@@ -72,9 +73,16 @@ class GenerationPins:
 
     def __init__(self) -> None:
         self._pins: dict[int, Counter[int]] = {}
+        self._closed: set[tuple[int, int]] = set()
 
     def pin(self, db_id: int, generation: int) -> Callable[[], None]:
-        """Returns what takes the pin away again; to be called once."""
+        """Returns what takes the pin away again; to be called once. Raises GenerationExpired for
+        one that is being collected.
+        """
+        if (db_id, generation) in self._closed:
+            raise GenerationExpired(
+                f"Generation {generation} is no longer retained.", generation=generation
+            )
         pins = self._pins.setdefault(db_id, Counter())
         pins[generation] += 1
 
@@ -86,6 +94,17 @@ class GenerationPins:
                 del self._pins[db_id]
 
         return unpin
+
+    def close(self, db_id: int, generation: int) -> Callable[[], None] | None:
+        """For the collector: nobody begins on the generation until what is returned is called;
+        None if someone reads it. Once closed, its row may go without pulling it from under a
+        reader that looked before.
+        """
+        if generation in self._pins.get(db_id, ()):
+            return None
+        place = (db_id, generation)
+        self._closed.add(place)
+        return lambda: self._closed.discard(place)
 
     def generations(self, db_id: int) -> frozenset[int]:
         return frozenset(self._pins.get(db_id, ()))

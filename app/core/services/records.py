@@ -1,14 +1,16 @@
 """Records of append_only databases: append, read."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from app.core.base.errors import CorruptWal, DatabaseNotFound, LsnTruncated, WalLost
 from app.core.formats.segment import EntryType
+from app.core.reads.read_point import GenerationPins
 from app.core.reads.record_reader import RecordReader, RecordStream
 from app.core.services.directory import DatabaseDirectory
 from app.core.stores.manifest.store import ManifestStore
+from app.core.stores.wal.pins import WalPin
 from app.core.stores.wal.requests import Appended, AppendRequest, EntryPayload
 
 
@@ -24,11 +26,13 @@ class Records:
         directory: DatabaseDirectory,
         reader: RecordReader,
         *,
+        pins: GenerationPins,
         record_bytes_max: int,
     ) -> None:
         self._manifest = manifest
         self._directory = directory
         self._reader = reader
+        self._pins = pins
         self._record_bytes_max = record_bytes_max
 
     def check_appendable(self, tenant: str, name: str) -> AppendLimits:
@@ -90,7 +94,7 @@ class Records:
             except TimeoutError:
                 pass  # an empty answer says where to go on
         # Pinned first: a row goes only after its file, so that what is pinned has one.
-        pin = log.pin(from_lsn, to_lsn if to_lsn is not None else log.next_lsn)
+        pin = _ReadPin(log.pin(from_lsn, to_lsn if to_lsn is not None else log.next_lsn))
         try:
             with self._manifest.read() as view:
                 found = view.database(record.db_id)
@@ -102,6 +106,7 @@ class Records:
                         f"{found.first_lsn}.",
                         first_lsn=found.first_lsn,
                     )
+                pin.hold(self._pins.pin(found.db_id, found.generation))
                 chunks = view.chunk_view(found.db_id, found.generation)
                 cut = [
                     (row.visible_last + 1, row.last_lsn)
@@ -121,3 +126,18 @@ class Records:
             as_lines=as_lines,
             cut=cut,
         )
+
+
+class _ReadPin:
+    """The segments and the generation that a stream reads, until `release` (I4, I8)."""
+
+    def __init__(self, pin: WalPin) -> None:
+        self._held = [pin.release]
+        self.segments = pin.segments
+
+    def hold(self, release: Callable[[], None]) -> None:
+        self._held.append(release)
+
+    def release(self) -> None:
+        while self._held:
+            self._held.pop()()

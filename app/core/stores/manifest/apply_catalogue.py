@@ -292,6 +292,8 @@ def _cut(segment: WalSegmentRecord, visible_last: int) -> WalSegmentRecord:
 def _publish(rows: Rows, op: PublishGeneration) -> None:
     row = op.row
     database = require_database(rows, row.db_id)
+    if database.state == "tombstoned":
+        raise WrongState("The database is deleted.", db_id=row.db_id)
     if row.generation != database.generation + 1:
         raise GenerationMoved(
             db_id=row.db_id, generation=database.generation, expected=row.generation - 1

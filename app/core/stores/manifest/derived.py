@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from app.core.stores.manifest.context import BatchContext
-from app.core.stores.manifest.gc_queue import retire
+from app.core.stores.manifest.gc_queue import claim_blob, retire
 from app.core.stores.manifest.records import ChunkDeltaRecord, ChunkRecord, GcRecord
 from app.core.stores.manifest.rows import StagedRows
 from app.core.stores.manifest.tables import (
@@ -21,6 +21,7 @@ from app.core.stores.manifest.tables import (
     CHUNKS,
     DELTAS,
     GENERATIONS,
+    SNAPSHOTS,
     SUPERSEDED,
     blob_reference_key,
     blob_reference_prefix,
@@ -35,12 +36,21 @@ class _Named(NamedTuple):
     db_id: int
 
 
-def follow_rows(rows: StagedRows, context: BatchContext) -> None:
-    """Behind the ops of a batch."""
+def follow_rows(rows: StagedRows, context: BatchContext) -> tuple[int, int]:
+    """Behind the ops of a batch. Returns how many objects it retired, and their bytes."""
+    retired = retired_bytes = 0
     for key, generation in rows.touched(GENERATIONS).items():
         before = rows.original(GENERATIONS, key)
         if generation is None and before is not None:
             _retire(rows, before.document_key, _Named(0, before.db_id), context)
+            retired += 1
+    for key, snapshot in rows.touched(SNAPSHOTS).items():
+        gone = rows.original(SNAPSHOTS, key)
+        if snapshot is None and gone is not None and gone.document is not None:
+            _retire(rows, gone.document.key, _Named(gone.document.bytes, gone.db_id), context)
+            retired, retired_bytes = retired + 1, retired_bytes + gone.document.bytes
+        elif snapshot is not None and gone is None and snapshot.document is not None:
+            claim_blob(rows, snapshot.document.key)
     unnamed: dict[str, _Named] = {}
     for key, chunk in rows.touched(CHUNKS).items():
         _follow(rows, rows.original(CHUNKS, key), chunk, unnamed)
@@ -49,6 +59,8 @@ def follow_rows(rows: StagedRows, context: BatchContext) -> None:
     for blob_key, named in unnamed.items():
         if not is_referenced(rows, blob_key):
             _retire(rows, blob_key, named, context)
+            retired, retired_bytes = retired + 1, retired_bytes + named.bytes
+    return retired, retired_bytes
 
 
 def is_referenced(rows: StagedRows, blob_key: str) -> bool:

@@ -610,3 +610,6 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     sequence: int | None
     """Of the change record; None if the batch held no catalogue op."""
     results: tuple[Any, ...]
+    retired_blobs: int = 0
+    retired_bytes: int = 0
+    """What lost its last row by the batch."""

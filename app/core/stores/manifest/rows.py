@@ -64,8 +64,10 @@ class CommittedRows:
         for key, raw in self._scan_raw(table, prefix, start):
             yield key, decode(raw)
 
-    def scan_keys(self, table: Table[Any], prefix: bytes = b"") -> Iterator[bytes]:
-        for key, _ in self._scan_raw(table, prefix, b""):
+    def scan_keys(
+        self, table: Table[Any], prefix: bytes = b"", *, start: bytes = b""
+    ) -> Iterator[bytes]:
+        for key, _ in self._scan_raw(table, prefix, start):
             yield key
 
     def scan_back(

@@ -68,9 +68,14 @@ def apply_batch(rows: StagedRows, batch: ManifestBatch, context: BatchContext) -
         else:
             results.append(apply_bookkeeping(rows, cast("BookkeepingOp", op), context))
     sequence = _log_change(rows, batch, logged, context) if logged else None
-    follow_rows(rows, context)
+    retired_blobs, retired_bytes = follow_rows(rows, context)
     check_invariants(rows)
-    return Receipt(sequence=sequence, results=tuple(results))
+    return Receipt(
+        sequence=sequence,
+        results=tuple(results),
+        retired_blobs=retired_blobs,
+        retired_bytes=retired_bytes,
+    )
 
 
 def _resolve(rows: StagedRows, op: CatalogueOp) -> tuple[CatalogueOp, Any]:

@@ -217,6 +217,34 @@ class ManifestView:
         start = b"" if after is None else generation_key(db_id, after + 1)
         return self._some(GENERATIONS, number_key(db_id), start=start, limit=limit)
 
+    def generation_numbers(self, db_id: int) -> list[int]:
+        """Ascending."""
+        prefix = number_key(db_id)
+        with self._access as rows:
+            return [number_of(key[len(prefix) :]) for key in rows.scan_keys(GENERATIONS, prefix)]
+
+    def chunk_ids(self, db_id: int, *, after: int, limit: int) -> list[int]:
+        """Of the chunks with rows of their own, ascending, those above `after`."""
+        found: dict[int, None] = {}
+        with self._access as rows:
+            for table in (CHUNKS, DELTAS):
+                start = chunk_prefix(db_id, after + 1)
+                mine: dict[int, None] = {}
+                for key in rows.scan_keys(table, number_key(db_id), start=start):
+                    if len(mine) == limit:
+                        break
+                    mine[number_of(key[8:16])] = None
+                found.update(mine)
+        return sorted(found)[:limit]
+
+    def holds_anything_of(self, db_id: int) -> bool:
+        """Rows, generations, segments or forks: a deleted database stays while there are any."""
+        with self._access as rows:
+            return any(
+                next(rows.scan_keys(table, number_key(db_id)), None) is not None
+                for table in (CHUNKS, DELTAS, GENERATIONS, SEGMENTS, FORKS)
+            )
+
     # --- snapshots, forks
 
     def snapshots(self, db_id: int) -> list[SnapshotRecord]:
@@ -359,6 +387,10 @@ class ManifestView:
     def gc_rows(self, limit: int = 1000) -> list[GcRecord]:
         """In the order in which they become eligible."""
         return self._some(GC_QUEUE, limit=limit)
+
+    def gc_count(self) -> int:
+        with self._access as rows:
+            return rows.entries(GC_QUEUE)
 
     def gc_row(self, key: str) -> GcRecord | None:
         with self._access as rows:

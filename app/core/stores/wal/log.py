@@ -192,6 +192,11 @@ class WalLog:
         """Keyed appends that begin in a segment: to be kept in the manifest before it goes."""
         return self._keyed.of_segment(segment_id)
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether a reader holds any of its segments."""
+        return any(segment.pins for segment in self._segments.values())
+
     def pin(self, first_lsn: int, last_lsn: int) -> WalPin:
         """Every segment with durable LSNs in the range, in LSN order."""
         return WalPin(

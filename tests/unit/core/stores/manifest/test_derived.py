@@ -7,6 +7,7 @@ import pytest
 from app.core.base.errors import InvariantViolation
 from app.core.stores.manifest import ops
 from app.core.stores.manifest.errors import KeyDoomed
+from app.core.stores.manifest.records import SnapshotRecord
 from app.core.stores.manifest.store import ManifestStore
 from migrations.runner import load_steps
 from tests.unit.core.stores.manifest.builders import (
@@ -116,6 +117,20 @@ async def test_a_queued_blob_that_a_row_names_is_not_doomed(store: ManifestStore
     )
     with store.read() as view:
         assert [one.kind for one in view.blob_references("b")] == ["base"]
+
+
+async def test_a_snapshot_that_goes_takes_its_document_along(store: ManifestStore) -> None:
+    db_id = await chain(store)
+    row = SnapshotRecord(
+        db_id=db_id, name="s", generation=1, last_lsn=1, page_count=1, created_at_us=1,
+        document=blob("snapshots/s"),
+    )  # fmt: skip
+    await store.commit(batch(ops.CreateSnapshot(row=row)))
+    await store.commit(batch(ops.DeleteSnapshot(db_id=db_id, name="s")))
+    with store.read() as view:
+        assert view.gc_row("snapshots/s").doomed
+    with pytest.raises(KeyDoomed):
+        await store.commit(batch(ops.CreateSnapshot(row=row)))
 
 
 async def test_superseded_rows_are_found_by_the_generation_they_ended_in(

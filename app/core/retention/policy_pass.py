@@ -1,0 +1,132 @@
+"""Applies every database's retention: which are due, and what of them goes.
+
+Invariants: a generation whose document is not stored yet stays, whatever the policy says (I3).
+Concurrency: one pass at a time. Crash: nothing is kept but what `expiry.py` commits; the first
+pass of a process looks at every superseded row once, for what a crash may have left.
+"""
+
+from dataclasses import dataclass
+
+from app.core.retention.expiry import Expiry, Removed
+from app.core.retention.pins import pinned_generations
+from app.core.retention.policy import RetentionRule, judge
+from app.core.retention.removal import DatabaseRemoval
+from app.core.stores.manifest.records import DatabaseRecord, Retention
+from app.core.stores.manifest.store import ManifestStore
+from app.core.stores.manifest.view import ManifestView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """A database as it was judged: until one of these changes, or the time has come, there is
+    nothing to do.
+    """
+
+    generation: int
+    retention: Retention
+    due_at_us: float
+
+
+class RetentionPass:
+    def __init__(self, manifest: ManifestStore, expiry: Expiry, removal: DatabaseRemoval) -> None:
+        self._manifest = manifest
+        self._expiry = expiry
+        self._removal = removal
+        self._seen: dict[int, _Seen] = {}
+        self._families: dict[int, tuple[object, ...]] = {}
+
+    async def run(self, now_us: int, *, everything: bool) -> Removed:
+        """With `everything`, databases that are not known to be due are looked at as well."""
+        if everything:
+            self._seen.clear()
+        databases, families, busy = await self._manifest.read_in_thread(_load)
+        removed = Removed()
+        for record in databases:
+            if record.state != "tombstoned":
+                removed.add(await self._judge(record, now_us))
+        for db_id in self._changed(databases, families):
+            deleted = next(one for one in databases if one.db_id == db_id).state == "tombstoned"
+            if deleted and db_id in busy:  # its own job does it, once those before have ended
+                self._families.pop(db_id, None)
+                continue
+            part = await (self._removal.remove(db_id) if deleted else self._expiry.sweep(db_id))
+            removed.add(part)
+            if not part.finished:
+                self._families.pop(db_id, None)  # again in the next round
+        return removed
+
+    async def _judge(self, record: DatabaseRecord, now_us: int) -> Removed:
+        seen = self._seen.get(record.db_id)
+        if (
+            seen is not None
+            and (seen.generation, seen.retention) == (record.generation, record.retention)
+            and now_us < seen.due_at_us
+        ):
+            return Removed()
+
+        def decide(view: ManifestView) -> tuple[list[int], float]:
+            rule = RetentionRule(
+                retention=record.retention,
+                newest=record.generation,
+                pinned=pinned_generations(view.snapshots(record.db_id)),
+                now_us=now_us,
+            )
+            judgement = judge(view.generations(record.db_id, limit=1_000_000), rule)
+            expiring = [one.generation for one in judgement.expiring if one.document_stored]
+            keep_us = (record.retention.keep_seconds or 0) * 1_000_000
+            ends = (
+                one.superseded_at_us + keep_us
+                for one in judgement.kept
+                if one.superseded_at_us is not None
+            )
+            return expiring, min(ends, default=float("inf"))
+
+        expiring, due_at_us = await self._manifest.read_in_thread(decide)
+        removed = await self._expiry.expire(record.db_id, expiring) if expiring else Removed()
+        self._seen[record.db_id] = _Seen(
+            generation=record.generation,
+            retention=record.retention,
+            due_at_us=due_at_us if removed.finished else now_us,
+        )
+        return removed
+
+    def _changed(
+        self, databases: list[DatabaseRecord], families: dict[int, tuple[object, ...]]
+    ) -> list[int]:
+        """Databases whose forks have changed since they were last looked at, and those above
+        them; all of them the first time; deleted ones that something may have let go of.
+        """
+        parents = {
+            record.db_id: record.forked_from.db_id
+            for record in databases
+            if record.forked_from is not None
+        }
+        changed: dict[int, None] = {}
+        for record in databases:
+            family = (record.state, *families.get(record.db_id, ()))
+            if self._families.get(record.db_id) != family:
+                self._families[record.db_id] = family
+                db_id: int | None = record.db_id
+                while db_id is not None and db_id not in changed:
+                    changed[db_id] = None
+                    db_id = parents.get(db_id)
+        known = {record.db_id for record in databases}
+        for gone in self._families.keys() - known:
+            del self._families[gone]
+            self._seen.pop(gone, None)
+        return [db_id for db_id in changed if db_id in known]
+
+
+def _load(
+    view: ManifestView,
+) -> tuple[list[DatabaseRecord], dict[int, tuple[object, ...]], set[int]]:
+    """Every database; what says of its forks whether they may have let go of rows; and those
+    with jobs that have not ended.
+    """
+    databases = view.all_databases()
+    states = {record.db_id: (record.state, record.generation) for record in databases}
+    families: dict[int, tuple[object, ...]] = {}
+    for fork in view.all_forks():
+        member = (fork.child_db_id, states.get(fork.child_db_id))
+        families[fork.db_id] = (*families.get(fork.db_id, ()), member)
+    return databases, families, {job.db_id for job in view.unfinished_jobs()}

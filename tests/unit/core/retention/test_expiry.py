@@ -1,0 +1,197 @@
+"""What goes with a generation and what stays, against brute force (fault row 39)."""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+
+from app.core.base.errors import GenerationExpired
+from app.core.retention.expiry import gaps
+from app.core.stores.manifest import ops
+from app.core.stores.manifest.errors import GenerationGone, RowPinned
+from app.core.stores.manifest.records import Retention, SnapshotRecord
+from tests.unit.core.retention.world import World, flattened
+from tests.unit.core.stores.manifest.builders import batch, open_store
+
+number = st.integers(0, 5)
+steps = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("publish"),
+            number,
+            st.integers(0, 1),
+            st.sampled_from(["base", "delta", "delta", "merge", "drop"]),
+        ),
+        st.tuples(st.just("fork"), number, number, st.just("")),
+        st.tuples(st.just("expire"), number, number, st.just("")),
+        st.tuples(st.just("hold"), number, number, st.just("")),
+        st.tuples(st.just("delete"), number, number, st.just("")),
+    ),
+    min_size=10,
+    max_size=40,
+)
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    store = await open_store(tmp_path / "manifest")
+    yield World(store)
+    await store.aclose()
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(steps=steps)
+def test_what_stays_is_what_can_be_read(steps: list[tuple[str, int, int, str]]) -> None:
+    async def run() -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            store = await open_store(Path(directory) / "manifest")
+            world = World(store)
+            await world.create()
+            for step in steps:
+                await take(world, *step)
+            await check(world)
+            world.let_go()
+            await check(world)
+            for db_id in world.alive():
+                await world.delete(db_id)
+            await check(world)
+            with store.read() as view:
+                assert view.all_databases() == []
+            await store.aclose()
+
+    asyncio.run(run())
+
+
+async def take(world: World, kind: str, which: int, nth: int, action: str) -> None:
+    alive = world.alive()
+    if not alive:
+        alive = [await world.create()]
+    db_id = alive[which % len(alive)]
+    generations = [one.generation for one in world.generations(db_id)]
+    match kind:
+        case "publish":
+            await world.publish(db_id, nth, action)
+        case "delete" if which == nth:
+            await world.delete(db_id)
+        case "fork" if generations and len(alive) < 5:
+            await world.fork(db_id, generations[nth % len(generations)])
+        case "hold" if generations:
+            world.hold(db_id, generations[nth % len(generations)])
+        case "expire" if len(generations) > 1:
+            await world.expiry.expire(db_id, generations[nth % len(generations) : -1])
+        case _:
+            pass
+
+
+async def check(world: World) -> None:
+    before = {place: world.content(*place) for place in world.readable()}
+    await world.settle()
+    after = {place: world.content(*place) for place in world.readable()}
+    note(f"{len(before)} readable, {len(world.keys)} blobs")
+    assert after == before
+    reachable = flattened(before)
+    assert world.named() == reachable
+    queued = world.queued()
+    assert not reachable & queued.keys()
+    assert world.keys - reachable <= queued.keys()
+    assert all(queued.values())
+
+
+def test_gaps() -> None:
+    assert gaps([2, 9], [4, 5]) == [(2, 9)]
+    assert gaps([3], [1, 2]) == [(0, 3)]
+    assert gaps([1, 3, 5], [2, 4]) == [(1, 3), (3, 5)]
+    assert gaps([], [1]) == [(0, None)]
+
+
+async def test_a_reader_keeps_its_generation_and_nobody_begins_on_one_that_goes(
+    world: World,
+) -> None:
+    db_id = await world.create()
+    for _ in range(3):
+        await world.publish(db_id, 0, "base")
+    world.hold(db_id, 1)
+    content = world.content(db_id, 1)
+    removed = await world.expiry.expire(db_id, [1, 2])
+    assert (removed.generations, removed.finished) == (1, False)
+    assert world.content(db_id, 1) == content
+    reopen = world.pins.close(db_id, 3)
+    assert reopen is not None
+    with pytest.raises(GenerationExpired):
+        world.pins.pin(db_id, 3)
+    reopen()
+    world.pins.pin(db_id, 3)()
+    world.let_go()
+    assert (await world.expiry.expire(db_id, [1])).generations == 1
+    assert world.named() == {"base-1-0-3"}
+
+
+async def test_a_snapshot_or_fork_made_meanwhile_refuses_the_removal(world: World) -> None:
+    """The decision is over a view; the transaction looks again."""
+    db_id = await world.create()
+    for _ in range(2):
+        await world.publish(db_id, 0, "base")
+    row = SnapshotRecord(
+        db_id=db_id, name="s", generation=1, last_lsn=10, page_count=1, created_at_us=1
+    )
+    await world.store.commit(batch(ops.CreateSnapshot(row=row)))
+    removed = await world.expiry.expire(db_id, [1])
+    assert (removed.generations, removed.rows, removed.finished) == (0, 0, False)
+    await world.store.commit(batch(ops.DeleteSnapshot(db_id=db_id, name="s")))
+    fork = await world.fork(db_id, 1)
+    removed = await world.expiry.expire(db_id, [1])
+    assert (removed.generations, removed.rows) == (1, 0)
+    with pytest.raises(RowPinned):
+        await world.store.commit(batch(ops.DeleteChunk(db_id=db_id, chunk_id=0, generation=1)))
+    with pytest.raises(GenerationGone):
+        await world.fork(db_id, 1)
+    await world.publish(fork, 0, "base")
+    await world.expiry.expire(fork, [1])
+    await world.settle()
+    assert world.named() == {"base-1-0-2", f"base-{fork}-0-2"}
+
+
+async def test_what_a_crash_left_is_found_by_the_first_pass(world: World) -> None:
+    db_id = await world.create()
+    for _ in range(3):
+        await world.publish(db_id, 0, "base")
+    await world.store.commit(
+        batch(*(ops.DeleteGeneration(db_id=db_id, generation=one) for one in (1, 2)))
+    )
+    assert len(world.named()) == 3
+    await world.retention.run(world.now_us, everything=False)
+    assert world.named() == {"base-1-0-3"}
+
+
+async def test_retention_takes_what_its_time_is_over(world: World) -> None:
+    db_id = await world.create(Retention(keep_seconds=60, minimum_generations=1))
+    for _ in range(3):
+        await world.publish(db_id, 0, "base")
+        world.clock.wall_seconds += 30
+    # superseded 60 s, 30 s and not at all ago
+    await world.retention.run(world.now_us, everything=False)
+    assert [one.generation for one in world.generations(db_id)] == [2, 3]
+    world.clock.wall_seconds += 29
+    await world.retention.run(world.now_us, everything=False)
+    assert [one.generation for one in world.generations(db_id)] == [2, 3]
+    world.clock.wall_seconds += 1
+    await world.retention.run(world.now_us, everything=False)
+    assert [one.generation for one in world.generations(db_id)] == [3]
+
+
+async def test_a_generation_without_its_document_stays(world: World) -> None:
+    """I3: whatever the policy says."""
+    db_id = await world.create(Retention(keep_seconds=0, minimum_generations=1))
+    await world.publish(db_id, 0, "base")
+    with world.store.read() as view:
+        row = view.generation(db_id, 1)
+    unstored = msgspec.structs.replace(row, document_stored=False)
+    await world.store.commit(batch(ops.RestoreGeneration(row=unstored)))
+    await world.publish(db_id, 0, "base")
+    await world.retention.run(world.now_us, everything=True)
+    assert [one.generation for one in world.generations(db_id)] == [1, 2]
