@@ -16,9 +16,9 @@ from app.client import BopClient
 from app.replication.events import Event, Status, Tell
 from app.replication.follower import Follower
 from app.replication.notify import Notifier
+from app.replication.open_files import file_id
 from app.replication.plan import Limits
 from app.replication.replica import Refused, Target
-from app.replication.source import file_id
 from app.replication.targets import DirectoryRule, Found, Rule, directories, find_targets_blocking
 
 POOL_THREADS = 8
@@ -102,12 +102,7 @@ class Fleet:
     async def _new_followers(self) -> list[Follower]:
         """Followers of the files that have come; those whose files went wait for them."""
         loop = asyncio.get_running_loop()
-        open_files = frozenset(
-            known for path in self._followers if (known := file_id(path)) is not None
-        )
-        found: Found = await loop.run_in_executor(
-            self._pool, find_targets_blocking, self._rules, open_files
-        )
+        found: Found = await loop.run_in_executor(self._pool, find_targets_blocking, self._rules)
         for directory in directories(self._rules) - self._watches:
             if self._notifier.watch(directory, self._on_names):
                 self._watches.add(directory)

@@ -46,6 +46,7 @@ IDLE_SECONDS = 10.0
 """When to look without having been woken, where waking works."""
 POLL_SECONDS = 0.25
 """And where it does not."""
+MISSING_SECONDS = 1.0
 BATCH_SECONDS = 0.01
 """Commits of this time go together."""
 
@@ -335,7 +336,8 @@ class Follower:
         if str(problem) != self._problem:
             self._problem = str(problem)
             self._replica.note("waiting", f"{problem}.")
-        await self._rest(POLL_SECONDS)
+        # a lock that goes tells nobody, unlike a file that comes
+        await self._rest(POLL_SECONDS if self._source is not None else MISSING_SECONDS)
 
     def _is_goal_reached(self, action: Action) -> bool:
         source = self._source

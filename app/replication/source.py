@@ -4,7 +4,7 @@ Invariants: while `lock` is not None, a read transaction has been held without a
 was as `lock` says (see `plan`). Bytes that are given out of the log were committed.
 Concurrency: one call at a time, from any thread. SQLite's locks belong to the process, and closing
 any descriptor of the database file or of `-shm` would drop them all: both are opened once, here,
-and closed behind the last connection. No second Source of one file may live in a process.
+and closed behind the last connection (see `open_files`).
 Crash: the system drops the locks; nothing is left behind but what SQLite itself recovers.
 
 Connections: one of two tailers holds the read transaction; the other one takes over where it has to
@@ -27,6 +27,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Self
 
+from app.replication.open_files import FileId, claim_blocking, disclaim, file_id
 from app.replication.plan import Carried
 from app.replication.wal_index import (
     FRAME_HEADER_BYTES,
@@ -56,8 +57,6 @@ _flock = struct.Struct("hhqqi0q")
 _WRITE_LOCK_BYTE, _CHECKPOINT_LOCK_BYTE = 120, 121
 """Of -shm: who writes, and who runs a sqlite_checkpoint (https://sqlite.org/walformat.html)."""
 
-FileId = tuple[int, int]
-
 
 class SourceProblem(Exception):
     """The file cannot be followed now; another try later may do better."""
@@ -85,19 +84,10 @@ class Image:
         return self.page_count * self.log.page_size
 
 
-def file_id(path: Path) -> FileId | None:
-    """None where there is no file."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
 class Source:
     """`open_blocking` makes one."""
 
-    def __init__(self, path: Path, database_fd: int) -> None:
+    def __init__(self, path: Path, claimed: FileId, database_fd: int) -> None:
         self.path = path
         self.lock: Log | None = None
         self.page_size = 0
@@ -106,21 +96,30 @@ class Source:
         self._index_fd = -1
         self._connections: list[sqlite3.Connection] = []
         self._tailer_no = 0
-        status = os.fstat(database_fd)
-        self.file_id: FileId = (status.st_dev, status.st_ino)
+        self.file_id = claimed
 
     @classmethod
     def open_blocking(cls, path: Path, *, set_wal: bool = False) -> Self:
         """Raises SourceProblem, NotFollowable."""
         real = Path(os.path.realpath(path))
         try:
+            claimed = claim_blocking(real)
+        except OSError as error:
+            raise SourceProblem(f"{path} cannot be opened: {error.strerror}") from error
+        if claimed is None:
+            raise SourceProblem(f"{path} is followed already, under another name")
+        try:
             # writable, though nothing is written: on an overlay file system a descriptor of the
             # lower layer would not see what SQLite writes to the upper one
             descriptor = os.open(real, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
+            disclaim(claimed)
             raise SourceProblem(f"{path} cannot be opened: {error.strerror}") from error
-        source = cls(real, descriptor)
+        source = cls(real, claimed, descriptor)
         try:
+            status = os.fstat(descriptor)
+            if (status.st_dev, status.st_ino) != claimed:
+                raise SourceProblem(f"{path} is being replaced")
             source._open(set_wal=set_wal)
         except sqlite3.Error as error:
             source.close_blocking()
@@ -144,6 +143,7 @@ class Source:
             if descriptor >= 0:
                 os.close(descriptor)
         self._index_fd = self._log_fd = self._database_fd = -1
+        disclaim(self.file_id)
 
     @property
     def is_in_place(self) -> bool:

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.replication.open_files import begins_with_blocking
 from app.replication.replica import Target
-from app.replication.source import MAGIC, SIDE_FILES, FileId, file_id
+from app.replication.source import MAGIC, SIDE_FILES
 
 DEFAULT_PATTERN = "*.db"
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
@@ -87,14 +88,12 @@ def load_rules_blocking(config: Path) -> list[Rule]:
     ]
 
 
-def find_targets_blocking(rules: list[Rule], open_files: frozenset[FileId]) -> Found:
-    """The files as they are now. Those of `open_files` are not opened to look at them: closing
-    them again would drop SQLite's locks.
-    """
+def find_targets_blocking(rules: list[Rule]) -> Found:
+    """The files as they are now."""
     targets: dict[Path, Target] = {}
     unnamed: list[tuple[Path, str]] = []
     for rule in rules:
-        for path in _paths(rule, open_files):
+        for path in _paths(rule):
             stem = path.name if path.name.startswith(".") else path.name.split(".")[0]
             values = {"stem": stem.lower(), "parent": path.parent.name.lower()}
             name = _FIELD.sub(lambda match: values[match[1]], rule.database)  # noqa: B023
@@ -124,27 +123,16 @@ def split_name(text: str) -> tuple[str, str] | None:
     return None
 
 
-def _paths(rule: Rule, open_files: frozenset[FileId]) -> list[Path]:
+def _paths(rule: Rule) -> list[Path]:
     if isinstance(rule, FileRule):
         return [rule.path]
     return [
         path
         for path in sorted(rule.path.glob(rule.pattern))
-        if not path.name.endswith(SIDE_FILES) and _is_database(path, open_files)
+        if not path.name.endswith(SIDE_FILES)
+        and path.is_file()
+        and begins_with_blocking(path, MAGIC)
     ]
-
-
-def _is_database(path: Path, open_files: frozenset[FileId]) -> bool:
-    found = file_id(path)
-    if found is None or not path.is_file():
-        return False
-    if found in open_files:
-        return True
-    try:
-        with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError:
-        return False
 
 
 def _rule(entry: Any, base: Path, where: str) -> Rule:

@@ -169,6 +169,11 @@ def replace_database(path: Path, other: Path) -> None:
     other.rename(path)
 
 
+def rename_database(old: Path, new: Path) -> None:
+    for suffix in ("-wal", "-shm", ""):
+        Path(f"{old}{suffix}").rename(f"{new}{suffix}")
+
+
 def assert_equal(stub: StubLibsql, path: Path, name: str = NAME) -> None:
     """Page for page, once nobody has the file open."""
     assert stub.failures == []
@@ -463,6 +468,63 @@ async def test_a_directory_is_followed_with_what_comes_to_it(tmp_path, stub):
         sqlite_writer.prepare(str(directory / "b.db"), 1024)
         await wait_until(lambda: committed(stub, "acme/b") == 0, timeout=20)
     assert sorted(stub.databases) == ["acme/a", "acme/b"]
+
+
+async def test_a_database_that_is_renamed_is_followed_under_its_new_name(tmp_path, stub):
+    """By the same process, which must not drop the locks that it has on the file by then."""
+    directory = tmp_path / "many"
+    directory.mkdir()
+    old, new = directory / "a.db", directory / "b.db"
+    sqlite_writer.prepare(str(old), 4096)
+    async with followed(directory, stub.url, name="acme"):
+        await wait_until(lambda: committed(stub, "acme/a") == 0)
+        rename_database(old, new)
+        with closing(sqlite3.connect(new, isolation_level=None)) as application:
+            application.execute("PRAGMA wal_autocheckpoint=0")
+            application.execute("INSERT INTO done VALUES (1, 0)")
+            await wait_until(lambda: committed(stub, "acme/b") == 1, timeout=30)
+            log = log_bytes(new)
+            application.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            application.execute("INSERT INTO done VALUES (2, 0)")
+            await wait_until(lambda: committed(stub, "acme/b") == 2)
+            assert log > 0
+    assert stub.databases["acme/a"].images == stub.databases["acme/b"].images == 1
+    assert_equal(stub, new, "acme/b")
+
+
+async def test_a_list_is_followed_though_some_of_it_cannot_be(tmp_path, stub, processes):
+    for name in ("one", "two", "other"):
+        sqlite_writer.prepare(str(tmp_path / f"{name}.db"), 4096)
+    with closing(sqlite3.connect(tmp_path / "old.db")) as connection:
+        connection.execute("CREATE TABLE old (a)")
+    (tmp_path / "link.db").symlink_to(tmp_path / "one.db")
+    entries = {
+        "one.db": "acme/one",
+        "two.db": "acme/two",
+        "old.db": "acme/old",  # in rollback mode
+        "link.db": "acme/link",  # the same file as the first
+        "other.db": "acme/two",  # to the same database as the second
+    }
+    config = tmp_path / "follow.toml"
+    config.write_text(
+        "".join(f"[[follow]]\nfile = '{file}'\ndatabase = '{to}'\n" for file, to in entries.items())
+    )
+    following = Process(
+        tmp_path / "replicate",
+        *("-m", "app.cli.main", "replicate", "--config", str(config), "--once"),
+        *("--url", stub.url, "--output", "json"),
+    )
+    processes.append(following)
+    assert await asyncio.to_thread(following.wait) == 1, following.lines()
+    refused = {event["database"]: event["code"] for event in following.events("refused")}
+    assert refused == {
+        "acme/old": "not_followable",
+        "acme/link": "configuration",
+        "acme/two": "configuration",
+    }
+    assert sorted(stub.databases) == ["acme/one", "acme/two"]
+    assert_equal(stub, tmp_path / "one.db", "acme/one")
+    assert_equal(stub, tmp_path / "two.db", "acme/two")
 
 
 @pytest.mark.parametrize("cut", [None, 100, 60_000])

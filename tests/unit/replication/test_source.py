@@ -200,6 +200,23 @@ def test_what_cannot_be_followed(tmp_path, path):
     assert old.read_bytes()[18:20] == b"\x02\x02"
 
 
+def test_a_file_is_followed_once_under_whatever_name(source, application, path, tmp_path):
+    """Closing a second descriptor of it would drop the lock of the first, unnoticed."""
+    insert(application)
+    salts = source.lock.salts
+    other = tmp_path / "b.db"
+    other.hardlink_to(path)
+    for name in (path, other):
+        with pytest.raises(SourceProblem, match="followed already"):
+            Source.open_blocking(name)
+    application.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    insert(application)
+    assert source.log_blocking().salts == salts, "its lock is there"
+    source.close_blocking()
+    again = Source.open_blocking(path)
+    again.close_blocking()
+
+
 TRUNCATE = """
 import sqlite3, sys
 connection = sqlite3.connect(sys.argv[1], timeout=20)

@@ -3,7 +3,7 @@ from contextlib import closing
 
 import pytest
 
-from app.replication.source import file_id
+from app.replication.open_files import claim_blocking, disclaim
 from app.replication.targets import (
     BadTargets,
     FileRule,
@@ -20,8 +20,8 @@ def make(path):
     return path
 
 
-def found(rules, *opened):
-    return find_targets_blocking(rules, frozenset(filter(None, map(file_id, opened))))
+def found(rules):
+    return find_targets_blocking(rules)
 
 
 def test_a_list_of_files_directories_and_databases(tmp_path):
@@ -89,4 +89,9 @@ def test_what_is_followed_already_is_not_opened(tmp_path):
     path = tmp_path / "a.db"
     path.write_bytes(b"looking into it would show that it is none")
     assert not found([rule_for(tmp_path, "acme")]).targets
-    assert found([rule_for(tmp_path, "acme")], path).targets
+    claimed = claim_blocking(path)
+    assert found([rule_for(tmp_path, "acme")]).targets
+    (tmp_path / "b.db").hardlink_to(path)
+    assert len(found([rule_for(tmp_path, "acme")]).targets) == 2, "under whatever name"
+    disclaim(claimed)
+    assert not found([rule_for(tmp_path, "acme")]).targets
