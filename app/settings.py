@@ -103,6 +103,14 @@ class Settings(BaseSettings):
     cold_scan_pause_seconds: float = Field(default=0.1, gt=0)
     """Scans pause while the 99th percentile of foreground page fetches is above it."""
 
+    # --- verification
+    verify_bytes_per_second: int = Field(default=50_000_000, ge=0)
+    """What all verification reads from the remote store; 0: as much as it gives."""
+    verify_interval_seconds: float = Field(default=0, ge=0)
+    """How often the generation verified longest ago is verified by itself; 0: only on demand."""
+    verify_age_seconds: float = Field(default=7 * 86_400, gt=0)
+    """Younger verifications are not repeated by themselves."""
+
     # --- limits of requests
     max_append_bytes: int = Field(default=64 * MIB, ge=1)
     max_wal_bytes: int = Field(default=1 * GIB, ge=1)

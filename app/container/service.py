@@ -15,6 +15,7 @@ from app.core.services.databases import Databases
 from app.core.services.debugging import Debugging
 from app.core.services.deletion import Deletion
 from app.core.services.forks import Forks
+from app.core.services.generation_jobs import GenerationJobs
 from app.core.services.history import History
 from app.core.services.idempotency import Idempotency
 from app.core.services.images import Images
@@ -42,6 +43,7 @@ class Services:
     checkpoints: Checkpoints
     cold_scans: ColdScans
     truncations: Truncations
+    generation_jobs: GenerationJobs
     jobs: Jobs
     history: History
     snapshots: Snapshots

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from app.container.collection import collection_parts
+from app.container.generation_jobs import generation_job_handlers, verification_workers
 from app.container.ground import Ground, OnFatal, open_ground
 from app.container.scans import open_limiter
 from app.container.service import Container, Gauges, Services
@@ -54,6 +55,7 @@ from app.core.services.deletion import Deletion
 from app.core.services.directory import DatabaseDirectory
 from app.core.services.forks import Forks
 from app.core.services.fsck import Fsck
+from app.core.services.generation_jobs import GenerationJobs
 from app.core.services.history import History
 from app.core.services.idempotency import Idempotency
 from app.core.services.images import Images
@@ -197,6 +199,8 @@ async def open_container(
         ):
             supervisor.start(worker)
         stack.push_async_callback(upload.drain, seconds=HISTORY_DRAIN_SECONDS)
+        for verification in verification_workers(settings, ground, work.queue, events=events):
+            supervisor.start(verification)
         stack.push_async_callback(work.loop.drain, seconds=settings.shutdown_seconds)
         try:
             yield container
@@ -324,6 +328,7 @@ async def _open_work(
         events=events,
         feed=JobFeed(),
         depth_max=settings.job_queue_depth_max,
+        background_max=max(1, settings.job_concurrency // 2),
     )
     await queue.load()
     parts = _checkpoint_parts(ground, storage, claim, events=events)
@@ -342,6 +347,15 @@ async def _open_work(
             TruncationExecutor(parts), queue, ground.manifest, clock=ground.clock, events=events
         ),
         "prune_checkpoint": PruneCheckpoint(ground.manifest, collection.removal),
+        **generation_job_handlers(
+            settings,
+            ground,
+            claim,
+            hot_cache=storage.hot_cache,
+            pins=storage.pins,
+            pause=storage.limiter.pause,
+            events=events,
+        ),
     }
     runner = JobRunner(
         queue,
@@ -505,6 +519,9 @@ def _services(
             clock=clock,
             randomness=ground.randomness,
             deadline_seconds=settings.job_deadline_seconds,
+        ),
+        generation_jobs=GenerationJobs(
+            manifest, directory, work.queue, clock=clock, randomness=ground.randomness
         ),
         jobs=Jobs(manifest, work.queue),
         history=History(manifest, directory, now_us=now_us, events=events),

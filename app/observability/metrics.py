@@ -24,6 +24,7 @@ REMOTE_OPS = (
     "put_if_match",
 )
 REMOTE_OUTCOMES = ("ok", "error", "cancelled")
+VERIFICATION_OUTCOMES = ("ok", "repaired", "damaged", "missing")
 READ_MODES = ("normal", "cold")
 
 _FAST_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5)
@@ -55,6 +56,7 @@ class Metrics:
             "page.fetched": self._on_page_fetched,
             "read.served": self._on_page_fetched,
             "remote.requested": self._on_remote_requested,
+            "verification.checked": self._on_blob_verified,
             "cold_scan.measured": self._on_cold_scan_measured,
             "cold_scan.paused": lambda _: self.cold_scan_pauses_total.inc(),
             "manifest.committed": self._on_manifest_committed,
@@ -185,6 +187,12 @@ class Metrics:
             "Bytes a second that a tenant's scans read, second by second.",
             _BYTES_PER_SECOND,
         )
+        self.verified_blobs_total = self._counter(
+            "verified_blobs_total",
+            "Blobs that were read whole and compared.",
+            ("outcome",),
+            VERIFICATION_OUTCOMES,
+        )
         self.cold_scan_pauses_total = self._counter(
             "cold_scan_pauses_total", "Times that scans were paused for foreground reads."
         )
@@ -288,6 +296,9 @@ class Metrics:
             self.remote_bytes_read_total.labels(str(fields.get("mode", "normal"))).inc(read)
         if written := _number(fields.get("bytes_written")):
             self.remote_bytes_written_total.inc(written)
+
+    def _on_blob_verified(self, fields: Fields) -> None:
+        self.verified_blobs_total.labels(str(fields["outcome"])).inc()
 
     def _on_cold_scan_measured(self, fields: Fields) -> None:
         if (rate := _number(fields.get("bytes_per_second"))) is not None:

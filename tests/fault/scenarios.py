@@ -34,6 +34,15 @@ ELSEWHERE: dict[str, str] = {
         ),
         "tests/fault/test_history_crash.py::test_killed_between_the_commit_and_the_bucket",
     ),
+    "verify.after_record": (
+        "tests/integration/test_verification.py::test_a_verification_goes_on_after_a_crash"
+    ),
+    "verify.before_repair": (
+        "tests/integration/test_verification.py::test_a_verification_goes_on_after_a_crash"
+    ),
+    "download.mid_blob": (
+        "tests/integration/test_verification.py::test_a_download_goes_on_after_a_crash"
+    ),
 }
 """Failpoints off the standard workload's way, each with the test (`path::name`) that goes there."""
 

@@ -139,6 +139,11 @@ class RemoteReadLimiter:
         await self._timers.aclose()
 
     @property
+    def pause(self) -> Pause:
+        """For whoever else reads in the background."""
+        return self._pause
+
+    @property
     def active_scans(self) -> int:
         return sum(tenant.scans for tenant in self._tenants.values())
 

@@ -35,6 +35,7 @@ from app.core.stores.manifest.ops import (
 )
 from app.core.stores.manifest.records import (
     ENDED_STATES,
+    MUTATING_KINDS,
     DatabaseRecord,
     JobKind,
     JobRecord,
@@ -53,12 +54,17 @@ class JobQueue:
         events: Events,
         feed: JobFeed,
         depth_max: int,
+        background_max: int = 1,
     ) -> None:
+        """`background_max` jobs that change no database run at once: those that do, and so free
+        WAL, always find a place.
+        """
         self._manifest = manifest
         self._clock = clock
         self._events = events
         self._feed = feed
         self._depth_max = depth_max
+        self._background_max = background_max
         self._pending: OrderedDict[str, dict[str, JobRecord]] = OrderedDict()  # tenant → jobs
         self._claimed: dict[str, JobRecord] = {}
         self._slots = DatabaseSlots()
@@ -353,6 +359,9 @@ class JobQueue:
         return None
 
     def _is_blocked(self, job: JobRecord) -> bool:
+        if job.kind not in MUTATING_KINDS:
+            background = sum(one.kind not in MUTATING_KINDS for one in self._claimed.values())
+            return background >= self._background_max
         return job.kind not in WAITING_KINDS and not self._slots.is_open(job)
 
     def _add_pending(self, job: JobRecord) -> None:

@@ -15,7 +15,7 @@ power cut a file may hold rubbish: `verify` finds it, or the readers' block chec
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,6 +273,24 @@ class HotCache:
     def names(self) -> tuple[str, ...]:
         """Of all files, least recently used first."""
         return tuple(self._entries)
+
+    def refresh(self, sha256: str) -> bool:
+        """Whether it is there; where it is, this counts as a use, but not as a hit."""
+        return self._is_known(sha256)
+
+    def has_room(self, size_bytes: int, *, beside: Collection[str]) -> bool:
+        """Whether a new file fits without any of `beside` being evicted for it."""
+        used_bytes = self._used_bytes + sum(self._arriving.values())
+        need_bytes = max(
+            used_bytes + size_bytes - self._limit_bytes, self._account.missing_bytes(size_bytes)
+        )
+        if need_bytes <= 0:
+            return True
+        return need_bytes <= sum(size for name, size in self._unpinned() if name not in beside)
+
+    def path_of(self, sha256: str) -> Path:
+        """Of a file that is pinned: it keeps its name unless it is dropped as damaged."""
+        return self._files.path(sha256)
 
     # --- out
 

@@ -41,6 +41,7 @@ from app.core.stores.manifest.ops import (
     PutIdempotency,
     PutMeta,
     PutTenant,
+    PutVerification,
     ReapLeases,
     ReleaseLease,
     ReleaseLeases,
@@ -71,6 +72,8 @@ from app.core.stores.manifest.tables import (
     REMEMBERED,
     SCHEMA,
     TENANTS,
+    VERIFICATION,
+    blob_key,
     chunk_prefix,
     job_lease_key,
     job_lease_prefix,
@@ -153,6 +156,9 @@ def apply_bookkeeping(  # noqa: C901 - a case per op
             return doom(rows, op.key, eligible_at_us=op.eligible_at_us)
         case ForgetBlob():
             forget(rows, op.key)
+            rows.delete(VERIFICATION, blob_key(op.key))
+        case PutVerification(record=verified):
+            rows.put(VERIFICATION, blob_key(verified.key), verified)
         case TakeDatabaseId():
             return count_up(rows, DATABASE_IDS)
         case PutTenant(row=tenant):

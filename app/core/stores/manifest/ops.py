@@ -31,6 +31,7 @@ from app.core.stores.manifest.records import (
     Retention,
     SnapshotRecord,
     TenantRecord,
+    VerificationRecord,
     WalSegmentRecord,
 )
 
@@ -419,6 +420,12 @@ class TakeDatabaseId(Op, frozen=True, kw_only=True, tag=True):
     """Result: an id that no other database gets."""
 
 
+class PutVerification(Op, frozen=True, kw_only=True, tag=True):
+    """The ledger of verification: replaces what was known of the blob. Goes with `ForgetBlob`."""
+
+    record: VerificationRecord
+
+
 class PutTenant(Op, frozen=True, kw_only=True, tag=True):
     row: TenantRecord
 
@@ -530,6 +537,7 @@ BookkeepingOp: TypeAlias = (
     | UnretireBlob
     | DoomBlob
     | ForgetBlob
+    | PutVerification
     | TakeDatabaseId
     | PutTenant
     | PutMeta

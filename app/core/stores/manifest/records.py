@@ -26,6 +26,7 @@ JobKind = Literal[
     "prune_checkpoint",
     "coalesce_chunks",
 ]
+VerificationOutcome = Literal["ok", "repaired", "damaged", "missing"]
 JobState = Literal["pending", "in_flight", "completed", "failed", "cancelled"]
 JobStage = Literal[
     "planning",
@@ -321,6 +322,19 @@ class LeaseRecord(Record, array_like=True, frozen=True, kw_only=True):
     registered_at_us: int
     expires_at_us: int  # for people
     expires_at_monotonic: float  # decides, within process_id
+
+
+class VerificationRecord(Record, array_like=True, frozen=True, kw_only=True):
+    """What the last look at a blob's whole content on the remote store found."""
+
+    key: str
+    sha256: bytes
+    bytes: int
+    outcome: VerificationOutcome
+    verified_at_us: int
+    job_id: str
+    method: str = "sha256"
+    detail: str = ""
 
 
 class GcRecord(Record, array_like=True, frozen=True, kw_only=True):

@@ -26,6 +26,7 @@ from app.core.stores.manifest.records import (
     RememberedAppend,
     SnapshotRecord,
     TenantRecord,
+    VerificationRecord,
     WalSegmentRecord,
 )
 
@@ -84,7 +85,7 @@ BLOB_REFERENCES: Table[bytes] = Table("blob_reference_index", BytesCodec())
 SUPERSEDED: Table[bytes] = Table("superseded_index", BytesCodec())
 APPROVALS = Table("approvals", RecordCodec(ApprovalRecord))
 AUDIT_LOG = Table("audit_log", RecordCodec(AuditRecord))
-VERIFICATION: Table[bytes] = Table("verification", BytesCodec())
+VERIFICATION = Table("verification", RecordCodec(VerificationRecord))
 
 TABLES: tuple[Table[Any], ...] = (
     SCHEMA,
@@ -219,7 +220,7 @@ def gc_row_key(eligible_at_us: int, sequence: int) -> bytes:
 
 
 def blob_key(key: str) -> bytes:
-    """An object key; one that LMDB could not hold is known by its hash."""
+    """`gc_key_index`, `verification`. An object's key, or its hash where LMDB could not hold it."""
     raw = key.encode()
     if len(raw) <= _JOINED_KEY_BYTES_MAX:
         return raw

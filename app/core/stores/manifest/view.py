@@ -36,6 +36,7 @@ from app.core.stores.manifest.records import (
     RememberedAppend,
     SnapshotRecord,
     TenantRecord,
+    VerificationRecord,
     WalSegmentRecord,
 )
 from app.core.stores.manifest.rows import CommittedRows
@@ -71,6 +72,7 @@ from app.core.stores.manifest.tables import (
     SUPERSEDED,
     TABLES,
     TENANTS,
+    VERIFICATION,
     BlobReference,
     Table,
     base_prefix,
@@ -396,6 +398,10 @@ class ManifestView:
         with self._access as rows:
             position = rows.get(GC_KEYS, blob_key(key))
             return None if position is None else rows.get(GC_QUEUE, position)
+
+    def verification(self, key: str) -> VerificationRecord | None:
+        """What the last look at a blob's whole content found."""
+        return self._get(VERIFICATION, blob_key(key))
 
     def is_doomed(self, key: str) -> bool:
         row = self.gc_row(key)

@@ -168,3 +168,17 @@ async def test_watchers_are_woken_by_each_change(queue):
     claimed = await queue.claim()
     assert claimed is not None
     await asyncio.wait_for(woken, 1)
+
+
+async def test_jobs_that_change_nothing_leave_a_place_for_those_that_do(tmp_path):
+    async with opened(tmp_path) as queue:
+        for number in (1, 2):
+            await queue.enqueue(job(number, kind="verify_manifest"), join=False)
+        await queue.enqueue(job(3), join=False)
+        first, second = await queue.claim(), await queue.claim()
+        assert {first.kind, second.kind} == {"verify_manifest", "create_checkpoint"}
+        assert await queue.claim() is None
+        verifying = first if first.kind == "verify_manifest" else second
+        ended, _ = await queue.update(verifying, reason="t", changes={"state": "completed"})
+        queue.give_back(ended)
+        assert (await queue.claim()).kind == "verify_manifest"

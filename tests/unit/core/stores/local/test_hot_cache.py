@@ -530,3 +530,26 @@ async def test_a_download_makes_room_within_the_quota(tmp_path, open_cache, reco
         await writer.write(blob(4))
         assert not await writer.commit()  # the bytes were right, but there is no room for them
     assert record.charged <= 200
+
+
+async def test_room_beside_what_is_to_stay(tmp_path, pool):
+    cache = await HotCache.open(tmp_path / "hot", limit_bytes=100, pool=pool, events=Events())
+    names = []
+    for number in range(3):
+        data = bytes([number]) * 30
+        name = hashlib.sha256(data).hexdigest()
+        async with cache.writer(sha256=name, size_bytes=30) as writer:
+            await writer.write(data)
+            assert await writer.commit()
+        names.append(name)
+    assert cache.has_room(10, beside=names)
+    assert not cache.has_room(11, beside=names)
+    assert cache.has_room(40, beside=names[1:])
+    assert not cache.has_room(41, beside=names[1:])
+    pinned = await cache.pin(names[0])
+    assert not cache.has_room(40, beside=names[1:])
+    pinned.close()
+    assert cache.refresh(names[0])
+    assert not cache.refresh("0" * 64)
+    await cache.evict(30)
+    assert names[1] not in cache  # the one refreshed was used last

@@ -1,0 +1,75 @@
+"""Jobs about one published generation: what they are asked for, and what holds it meanwhile."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from app.core.base.clock import Clock, Randomness, wall_us
+from app.core.base.errors import DatabaseNotFound, GenerationExpired
+from app.core.base.ids import new_ulid
+from app.core.reads.generation_blobs import blobs_of
+from app.core.reads.read_point import GenerationPins
+from app.core.stores.manifest.records import BlobRef, DatabaseRecord, JobRecord
+from app.core.stores.manifest.store import ManifestStore
+
+GenerationJobKind = Literal["verify_manifest", "download_checkpoint"]
+
+
+def generation_job(
+    kind: GenerationJobKind,
+    database: DatabaseRecord,
+    *,
+    generation: int,
+    principal: str,
+    reason: str | None,
+    clock: Clock,
+    randomness: Randomness,
+) -> JobRecord:
+    """It has no deadline: it takes as long as its pace makes it, and a stall ends an attempt."""
+    return JobRecord(
+        job_id=new_ulid(clock, randomness),
+        kind=kind,
+        tenant=database.tenant,
+        database=database.name,
+        db_id=database.db_id,
+        created_at_us=wall_us(clock),
+        params={"generation": generation},
+        reason=reason,
+        principal=principal,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldGeneration:
+    database: DatabaseRecord
+    generation: int
+    blobs: list[BlobRef]
+
+    @property
+    def bytes(self) -> int:
+        return sum(blob.bytes for blob in self.blobs)
+
+
+@contextmanager
+def held_generation(
+    manifest: ManifestStore, pins: GenerationPins, job: JobRecord
+) -> Iterator[HeldGeneration]:
+    """The job's generation, pinned: nothing of it is collected within (I8). Raises
+    DatabaseNotFound, GenerationExpired.
+    """
+    generation = int(job.params["generation"])
+    with manifest.read() as view:
+        database = view.database(job.db_id)
+        if database is None or database.state == "tombstoned":
+            raise DatabaseNotFound(f"{job.tenant}/{job.database} is gone.")
+        if view.generation(job.db_id, generation) is None:
+            raise GenerationExpired(
+                f"Generation {generation} is no longer retained.", generation=generation
+            )
+        blobs = blobs_of(view, job.db_id, generation)
+        unpin = pins.pin(job.db_id, generation)
+    try:
+        yield HeldGeneration(database=database, generation=generation, blobs=blobs)
+    finally:
+        unpin()
