@@ -152,7 +152,9 @@ class FakeApi:
                 return self._events(job_id)
             case "GET", ["checkpoints" | "jobs"]:
                 return self._page(request, list(self.jobs.values()))
-            case "GET", ["checkpoints" | "jobs", job_id]:
+            case "POST", ["truncations"]:
+                return self._truncate(request)
+            case "GET", ["checkpoints" | "truncations" | "jobs", job_id]:
                 return self._job(job_id)
             case "POST", ["checkpoints" | "jobs", job_id, "cancel"]:
                 if self.jobs[job_id]["finished_at"]:
@@ -294,6 +296,20 @@ class FakeApi:
         return httpx.Response(
             202, json=self.jobs[self.add_job("pending", "in_flight", "completed")]
         )
+
+    def _truncate(self, request: httpx.Request) -> httpx.Response:
+        asked = json.loads(request.content)
+        if (asked["tenant"], asked["database"]) not in self.databases:
+            return problem(404, "database_not_found")
+        job_id = self.add_job("pending", "completed", kind="truncate_append_only")
+        self.job_steps[job_id][-1]["result"] = {
+            "outcome": "truncated",
+            "direction": asked["direction"],
+            "generation": 2,
+            "first_lsn": 1,
+            "dropped": {"first_lsn": asked["lsn"], "last_lsn": 9},
+        }
+        return httpx.Response(202, json=self.jobs[job_id])
 
     def _job(self, job_id: str) -> httpx.Response:
         if job_id not in self.jobs:

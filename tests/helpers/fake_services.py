@@ -21,6 +21,7 @@ from app.core.base.errors import (
     JobAlreadyEnded,
     JobNotFound,
     LsnMismatch,
+    LsnOutOfRange,
     LsnTruncated,
     NotLineRecords,
     PageNotFound,
@@ -158,6 +159,7 @@ class FakeService:
             pages=_Pages(self),
             images=_Images(self),
             checkpoints=_Checkpoints(self),
+            truncations=_Truncations(self),
             jobs=_Jobs(self),
             history=_History(self),
             snapshots=_Snapshots(self),
@@ -428,6 +430,30 @@ class _Checkpoints(_Part):
             reason=reason,
             principal=principal,
         )
+        if remember is not None:
+            self.service.committed.append(remember(job))
+        return job
+
+
+class _Truncations(_Part):
+    async def request(
+        self, tenant, database, *, direction, lsn, on_lease, lease_timeout_seconds, principal,
+        remember=None,
+    ) -> JobRecord:  # fmt: skip
+        self.service.check("truncations.request")
+        stored = self.service.find(tenant, database)
+        if stored.record.engine != "append_only":
+            raise WrongEngine
+        if lsn > stored.next_lsn:
+            raise LsnOutOfRange(next_lsn=stored.next_lsn)
+        job = self.service.add_job(
+            kind="truncate_append_only", tenant=tenant, database=database,
+            db_id=stored.record.db_id, principal=principal,
+            params={
+                "direction": direction, "lsn": lsn, "on_lease": on_lease,
+                "lease_timeout_seconds": lease_timeout_seconds,
+            },
+        )  # fmt: skip
         if remember is not None:
             self.service.committed.append(remember(job))
         return job

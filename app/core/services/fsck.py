@@ -348,6 +348,7 @@ def _check_catalogue(seen: _Manifest, notes: _Notes) -> None:
         rows = [row for row in seen.rows if row.db_id == record.db_id and row.blob is not None]
         _check_chunks(record, rows, notes)
         _check_coverage(record, rows, seen.segments, notes)
+        _check_cuts(record, rows, seen.segments, notes)
         _check_deltas(record, seen, notes)
     _check_pins(seen, notes)
     doomed = {row.key for row in seen.retired}
@@ -431,6 +432,29 @@ def _check_coverage(
             notes.add(
                 "I4", f"wal/{segment.db_id}/{segment.segment_id}", "checkpointed, but in no chunk"
             )
+
+
+def _check_cuts(
+    record: DatabaseRecord,
+    rows: Iterable[ChunkRecord],
+    segments: Iterable[WalSegmentRecord],
+    notes: _Notes,
+) -> None:
+    """What a truncation took shows in neither copy, and its LSNs are not given out again."""
+    visible = {(row.first, row.last): row.visible_last for row in rows if row.superseded_at is None}
+    for segment in segments:
+        if segment.db_id != record.db_id or segment.state not in {"checkpointed", "dropped"}:
+            continue
+        where = f"wal/{segment.db_id}/{segment.segment_id}"
+        if segment.state == "dropped":
+            if segment.last_lsn >= record.floor_lsn:
+                notes.add("I14", where, "dropped LSNs could be given out again")
+            continue
+        left = segment.last_lsn if segment.visible_last is None else segment.visible_last
+        if record.engine == "append_only" and left != visible.get(
+            (segment.first_lsn, segment.last_lsn), left
+        ):
+            notes.add("I14", where, "the WAL shows other records than its chunk")
 
 
 def _check_jobs(seen: _Manifest, notes: _Notes) -> None:

@@ -37,7 +37,8 @@ def plan_checkpoint(context: PlannerContext) -> CheckpointPlan | None:
         epoch=context.epoch,
         expected_generation=database.generation,
         first_lsn=segments[0].first_lsn,
-        last_lsn=segments[-1].last_lsn,
+        # Of what was given out below the floor nothing else is left: the generation covers it too.
+        last_lsn=max(segments[-1].last_lsn, database.floor_lsn - 1),
         page_count=0,
         next_chunk_id=database.next_chunk_id + len(actions),
         codec=database.compression,

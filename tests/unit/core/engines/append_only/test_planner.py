@@ -145,3 +145,10 @@ def test_what_a_truncation_cut_off_stays_cut_off_in_the_chunk():
     assert planned is not None
     assert [action.visible_last for action in planned.actions] == [6, None]
     assert (planned.first_lsn, planned.last_lsn) == (1, 20)
+
+
+def test_what_was_dropped_behind_the_newest_segment_is_covered_too():
+    planned = plan(segment(1, 1, 10), floor_lsn=16)
+    assert planned is not None
+    assert (planned.first_lsn, planned.last_lsn) == (1, 15)
+    assert planned.actions[-1].last_lsn == 10
