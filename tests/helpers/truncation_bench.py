@@ -94,7 +94,7 @@ class TruncationBench:
             manifest=manifest, wal=wal, scratch=FakeScratch(), scratch_links=True,  # type: ignore[arg-type]
             hot_cache=unused, quota=quota, remote=lambda: self.remote, ownership=Ownership(),  # type: ignore[arg-type]
             release=WalRelease(manifest, wal, events=Events()),  # type: ignore[arg-type]
-            pages=unused or SimpleNamespace(), on_durable=lambda db_id: None, pool=unused,  # type: ignore[arg-type]
+            pages=unused, on_durable=lambda db_id: None, pool=unused,  # type: ignore[arg-type]
             clock=clock, events=Events(),
         )  # fmt: skip
         self.checkpoints = CheckpointExecutor(
@@ -103,6 +103,7 @@ class TruncationBench:
                 staging_concurrency=1, upload_concurrency=1, lease_ttl_seconds=60,
                 gc_grace_seconds=0,
             ),
+            unused,
         )  # fmt: skip
         self.truncations = TruncationExecutor(parts)
 

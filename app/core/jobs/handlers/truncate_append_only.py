@@ -21,10 +21,11 @@ from app.core.jobs.queue import JobQueue
 from app.core.jobs.runner import JobContext
 from app.core.retention.truncation_plan import TruncationRequest
 from app.core.stores.manifest.ops import Op
-from app.core.stores.manifest.records import JobRecord
+from app.core.stores.manifest.records import JobKind, JobRecord
 from app.core.stores.manifest.store import ManifestStore
 
 POLL_SECONDS = 0.1
+CANCELLED_KINDS: frozenset[JobKind] = frozenset({"create_checkpoint", "coalesce_chunks"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +105,9 @@ class TruncateAppendOnly:
         return None
 
     async def _cancel_checkpoint(self, job: JobRecord) -> None:
-        """What has published goes on to its end; anything but a checkpoint is waited for."""
+        """What has published goes on to its end; jobs of other kinds are waited for."""
         holder = self._queue.holder(job.db_id)
-        if holder is None or holder.kind != "create_checkpoint":
+        if holder is None or holder.kind not in CANCELLED_KINDS:
             return
         with self._manifest.read() as view:
             row = view.job(holder.job_id)
