@@ -1,5 +1,6 @@
 """A queue, a runner and the executors over a real manifest; remote store and WAL in memory."""
 
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,24 +87,31 @@ class TruncationBench:
         self.log, self.remote = FakeLog(), MemoryRemote()
         self.queue = JobQueue(manifest, clock=clock, events=Events(), feed=JobFeed(), depth_max=100)
         wal = SimpleNamespace(log=lambda db_id: self.log)
-        unused: Any = None
         quota = StorageQuota(
             global_limit_bytes=1 << 30, drain_limit_bytes=1 << 20, clock=clock, events=Events()
         )
-        parts = CheckpointParts(
-            manifest=manifest, wal=wal, scratch=FakeScratch(), scratch_links=True,  # type: ignore[arg-type]
-            hot_cache=unused, quota=quota, remote=lambda: self.remote, ownership=Ownership(),  # type: ignore[arg-type]
-            release=WalRelease(manifest, wal, events=Events()),  # type: ignore[arg-type]
-            pages=unused, on_durable=lambda db_id: None, pool=unused,  # type: ignore[arg-type]
-            clock=clock, events=Events(),
-        )  # fmt: skip
+        given: dict[str, Any] = {
+            "manifest": manifest,
+            "wal": wal,
+            "scratch": FakeScratch(),
+            "quota": quota,
+            "remote": lambda: self.remote,
+            "ownership": Ownership(),
+            "release": WalRelease(manifest, wal, events=Events()),  # type: ignore[arg-type]
+            "on_durable": lambda db_id: None,
+            "clock": clock,
+            "events": Events(),
+        }
+        unused = dict.fromkeys(field.name for field in fields(CheckpointParts))
+        parts = CheckpointParts(**{**unused, **given})  # type: ignore[arg-type]
+        planning: Any = None  # the tests' checkpoints do work of their own
         self.checkpoints = CheckpointExecutor(
             parts,
             CheckpointLimits(
                 staging_concurrency=1, upload_concurrency=1, lease_ttl_seconds=60,
                 gc_grace_seconds=0,
             ),
-            unused,
+            planning,
         )  # fmt: skip
         self.truncations = TruncationExecutor(parts)
 
