@@ -20,6 +20,10 @@ class FaultyDisk(SystemDisk):
         """Errnos of the next calls; None lets one pass."""
         self._armed.setdefault(call, []).extend(outcomes)
 
+    def clear(self) -> None:
+        """Nothing fails any more."""
+        self._armed.clear()
+
     def _pass(self, call: str) -> None:
         self.calls.append(call)
         armed = self._armed.get(call)
