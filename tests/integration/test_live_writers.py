@@ -114,7 +114,7 @@ class Application:
         directory.mkdir()
         self.path = directory / "app.db"
         self._target = str(self.path)
-        self._kind = kind
+        self.kind = kind
         self._page_size = page_size
         self._directory = directory
         self._log = directory / "writer.log"
@@ -132,7 +132,7 @@ class Application:
         self._log.write_bytes(b"")
         script = live_writers.__file__
         self._launch(
-            [sys.executable, script, self._kind, self._target, str(self._page_size), str(SEED)],
+            [sys.executable, script, self.kind, self._target, str(self._page_size), str(SEED)],
             self._log,
         )
 
@@ -514,10 +514,24 @@ async def check_live(
     chosen = sorted(random.Random(SEED).sample(generations[:-1], min(4, len(generations) - 1)))
     found = [await restores.image(server, generation=each) for each in chosen]
     assert found == sorted(found)
-    last, restored_generation = await restores.restored(
-        commands, "--generation", str(generations[-1])
-    )
-    assert (last, restored_generation) == (committed, restored)
+    chooses = await selector_of(application.kind, server, answer.json()["items"][-1])
+    assert await restores.restored(commands, *chooses) == (committed, restored), chooses
+
+
+async def selector_of(
+    kind: str, server: ServerProcess, generation: dict[str, Any]
+) -> tuple[str, str]:
+    """A way to name a generation, another one for each kind."""
+    match kind:
+        case "apsw":
+            body = {"name": "last", "generation": generation["generation"]}
+            made = await server.client.post(f"{DB}/snapshots", json=body)
+            assert made.status_code == 201, made.text
+            return "--snapshot", "last"
+        case "libsql":
+            return "--at", generation["created_at"]
+        case _:
+            return "--generation", str(generation["generation"])
 
 
 @pytest.mark.parametrize(("kind", "page_size", "seconds"), CASES)
