@@ -142,14 +142,18 @@ class Fleet:
         return None
 
     def _watch(self, follower: Follower) -> None:
-        path = follower.target.path.resolve()
-        names = {path.name, f"{path.name}-wal"}
+        given = follower.target.path.absolute()
+        path = given.resolve()
+        names = {given.name, path.name, f"{path.name}-wal"}
 
         def changed(name: str, _names_changed: bool) -> None:
             if name in names or not name:
                 follower.wake()
 
-        follower.is_watched = self._notifier.watch(path.parent, changed)
+        if given.parent != path.parent:
+            self._notifier.watch(given.parent, changed)
+        if self._notifier.watch(path.parent, changed):
+            follower.watched = path
 
     def _on_names(self, name: str, names_changed: bool) -> None:
         if names_changed or not name.endswith(("-wal", "-shm", "-journal")):

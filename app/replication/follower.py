@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
+from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
 from app.client import BopClient, ClientError, ProblemError, ServiceUnreachable
@@ -63,7 +64,8 @@ class Follower:
         set_wal: bool = False,
     ) -> None:
         self.target = target
-        self.is_watched = False
+        self.watched: Path | None = None
+        """The file, without links, whose changes wake it."""
         self._replica = Replica(target, client, tell=tell, limits=limits)
         self._pool = pool
         self._limits = limits
@@ -370,7 +372,8 @@ class Follower:
         self._settling += 1
         if self._settling <= len(SETTLE_SECONDS):
             return SETTLE_SECONDS[self._settling - 1]
-        return IDLE_SECONDS if self.is_watched else POLL_SECONDS
+        is_watched = self._source is not None and self._source.path == self.watched
+        return IDLE_SECONDS if is_watched else POLL_SECONDS
 
     async def _blocking(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
         """A call in the pool; one that is cancelled is waited for, for it holds SQLite's locks."""

@@ -87,8 +87,10 @@ class Image:
 class Source:
     """`open_blocking` makes one."""
 
-    def __init__(self, path: Path, claimed: FileId, database_fd: int) -> None:
+    def __init__(self, path: Path, given: Path, claimed: FileId, database_fd: int) -> None:
         self.path = path
+        """Without links, as SQLite's own files beside it are named."""
+        self._given = given
         self.lock: Log | None = None
         self.page_size = 0
         self._database_fd = database_fd
@@ -115,7 +117,7 @@ class Source:
         except OSError as error:
             disclaim(claimed)
             raise SourceProblem(f"{path} cannot be opened: {error.strerror}") from error
-        source = cls(real, claimed, descriptor)
+        source = cls(real, path, claimed, descriptor)
         try:
             status = os.fstat(descriptor)
             if (status.st_dev, status.st_ino) != claimed:
@@ -147,8 +149,8 @@ class Source:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the path still names this file."""
-        return file_id(self.path) == self.file_id
+        """Whether the path that was given still names this file, by links or without."""
+        return file_id(self._given) == self.file_id == file_id(self.path)
 
     # --- the lock
 

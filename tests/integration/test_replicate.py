@@ -169,6 +169,10 @@ def replace_database(path: Path, other: Path) -> None:
     other.rename(path)
 
 
+def replace_link(link: Path, other: Path) -> None:
+    other.rename(link)
+
+
 def rename_database(old: Path, new: Path) -> None:
     for suffix in ("-wal", "-shm", ""):
         Path(f"{old}{suffix}").rename(f"{new}{suffix}")
@@ -429,6 +433,22 @@ async def test_a_replaced_file_means_an_image(tmp_path, database, stub):
         await wait_until(lambda: committed(stub) == 2)
         assert following.reasons()[-1] == "the file was replaced"
     assert_equal(stub, database)
+
+
+async def test_a_link_that_comes_to_name_another_file_means_an_image(tmp_path, database, stub):
+    other, link = tmp_path / "other.db", tmp_path / "links" / "app.db"
+    sqlite_writer.prepare(str(other), 4096)
+    link.parent.mkdir()
+    link.symlink_to(database)
+    async with followed(link, stub.url) as following:
+        await wait_until(lambda: committed(stub) == 0)
+        (tmp_path / "links" / "new").symlink_to(other)
+        replace_link(link, tmp_path / "links" / "new")
+        with closing(sqlite3.connect(link, isolation_level=None)) as application:
+            application.execute("INSERT INTO done VALUES (1, 0)")
+            await wait_until(lambda: committed(stub) == 1)
+        assert following.reasons()[-1] == "the file was replaced"
+    assert_equal(stub, other)
 
 
 async def test_another_page_size_is_refused(tmp_path, database, stub, processes):
