@@ -13,7 +13,6 @@ from app.container.generation_jobs import generation_job_handlers, verification_
 from app.container.ground import Ground, OnFatal, open_ground
 from app.container.scans import open_limiter
 from app.container.service import Container, Gauges, Services
-from app.core.base.clock import wall_us
 from app.core.base.errors import OwnershipLost, StartRefused
 from app.core.base.events import Events
 from app.core.checkpoint.executor import CheckpointExecutor
@@ -459,7 +458,7 @@ def _services(
     events: Events,
 ) -> Services:
     manifest, directory, clock = ground.manifest, storage.directory, ground.clock
-    now_us = partial(wall_us, clock)
+    now_us = work.collector.now_us
     states = States(manifest, directory, storage.page_store)
     fsck = Fsck(
         manifest=manifest,

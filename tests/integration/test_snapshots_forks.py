@@ -239,6 +239,26 @@ async def test_pages_of_snapshots_and_forks(server: ServerProcess, tmp_path: Pat
     assert (await checkpoint(client, "fork"))["generation"] == 6
     await send(client, "POST", "fork/forks", 201, json={"database": "again"})
     assert await image(client, "again") == child.content
+
+    # What the collector has taken is gone for whoever names it; forks of it read on.
+    only_newest = {"retention": {"keep_generations": None, "keep_seconds": None}}
+    only_newest["retention"]["minimum_generations"] = 1
+    taken = (await send(client, "GET", "fork/generations", 200))["items"][1]
+    for database in ("app", "fork"):
+        await send(client, "PATCH", database, 200, json=only_newest)
+    assert (await client.post("/admin/gc/run", json={})).status_code == 200
+    assert [
+        one["generation"] for one in (await send(client, "GET", "app/generations", 200))["items"]
+    ] == [2, 4]
+    for query in ("generation=3", f"at={taken['created_at']}"):
+        answer = await client.get(f"{ROOT}/fork/image?{query}")
+        assert (answer.status_code, answer.json()["code"]) == (410, "generation_expired")
+    for path, body in (("snapshots", {"name": "x"}), ("forks", {"database": "x"})):
+        asked = {**body, "generation": taken["generation"]}
+        assert await refused(client, f"fork/{path}", asked) == (410, "generation_expired")
+    assert await image(client, "app", snapshot="two") == states[2]
+    assert await image(client, "third") == third.content
+    assert await image(client, "third", generation=3) == children[3]
     await send(client, "DELETE", "app/snapshots/two", 204)
     await send(client, "GET", "app/snapshots/two", 404)
     await assert_clean(server, forks=4, snapshots=0)
@@ -302,3 +322,76 @@ async def test_records_of_snapshots_and_forks(server: ServerProcess):
     assert await records(client, "fork") == first + mine
     assert await records(client, "fork", first=321 + LSN_GAP) == more
     await assert_clean(server, forks=3, snapshots=1)
+
+
+async def job(client: httpx.AsyncClient, answer: httpx.Response) -> dict:
+    assert answer.status_code == 202, answer.text
+    found = {"finished_at": None}
+    while found["finished_at"] is None:
+        found = (await client.get(f"/jobs/{answer.json()['id']}?wait=20")).json()
+    return found
+
+
+async def truncate(client: httpx.AsyncClient, database: str, direction: str, lsn: int) -> dict:
+    body = {"tenant": "acme", "database": database, "direction": direction, "lsn": lsn}
+    return await job(client, await client.post("/truncations", json=body))
+
+
+async def test_a_fork_is_truncated_by_itself_and_outlives_its_parent(make_server: MakeServer):
+    server = make_server(settings={"BOP_GC_GRACE_SECONDS": "0"})
+    await server.start()
+    client = server.client
+    written = [b"%d" % lsn for lsn in range(1, 31)]
+    await send(client, "PUT", "log", 201, json={"engine": "append_only"})
+    for start in (0, 10, 20):
+        await append(client, "log", written[start : start + 10])
+        await checkpoint(client, "log")
+    await send(client, "POST", "log/forks", 201, json={"database": "fork"})
+
+    blocked = await truncate(client, "log", "head", 11)
+    assert (blocked["state"], blocked["error"]["code"]) == ("failed", "snapshot_pinned")
+    assert blocked["error"]["names"] == ["acme/fork"]
+    assert (await truncate(client, "fork", "head", 11))["result"]["first_lsn"] == 11
+    cut = await truncate(client, "fork", "tail", 25)
+    assert cut["result"]["dropped"] == {"first_lsn": 25, "last_lsn": 30}
+    assert (await append(client, "fork", [b"new"]))["first_lsn"] == 31
+    await checkpoint(client, "fork")
+    await send(client, "POST", "fork/forks", 201, json={"database": "third"})
+
+    async def check() -> None:
+        for database in ("fork", "third"):
+            assert await records(client, database, first=11) == written[10:24]
+            assert await records(client, database, first=25) == [b"new"]
+            assert (await client.get(f"{ROOT}/{database}/records?from_lsn=1")).status_code == 410
+
+    await check()
+    assert await records(client, "log") == written
+
+    def blobs() -> int:
+        return len(list((server.data_dir / "remote").rglob("*.blob")))
+
+    async def collect() -> None:
+        answer = await client.post("/admin/gc/run", json={})
+        assert answer.status_code == 200, answer.text
+
+    assert blobs() == 4
+    only_newest = {"retention": {"keep_seconds": None, "minimum_generations": 1}}
+    for database in ("log", "fork"):
+        await send(client, "PATCH", database, 200, json=only_newest)
+    deleted = await job(client, await client.delete(f"{ROOT}/log"))
+    assert deleted["state"] == "completed", deleted
+    await collect()
+    await check()
+    assert blobs() == 3  # the first chunk was the parent's alone
+    await server.restart()
+    client = server.client
+    await check()
+    for database in ("fork", "third"):
+        await job(client, await client.delete(f"{ROOT}/{database}"))
+    await collect()
+    assert blobs() == 0
+    assert not list((server.data_dir / "remote" / "generations").rglob("*.zst"))
+    assert await server.terminate() == 0
+    report = await fsck(Settings(data_dir=server.data_dir))
+    assert report.findings == ()
+    assert report.checked.get("databases", 0) == 0

@@ -11,7 +11,7 @@ from app.core.retention.expiry import Expiry, Removed
 from app.core.retention.pins import pinned_generations
 from app.core.retention.policy import RetentionRule, judge
 from app.core.retention.removal import DatabaseRemoval
-from app.core.stores.manifest.records import DatabaseRecord, Retention
+from app.core.stores.manifest.records import DatabaseRecord, Retention, SnapshotRecord
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.manifest.view import ManifestView
 
@@ -24,6 +24,7 @@ class _Seen:
 
     generation: int
     retention: Retention
+    pinned: frozenset[int]
     due_at_us: float
 
 
@@ -39,11 +40,12 @@ class RetentionPass:
         """With `everything`, databases that are not known to be due are looked at as well."""
         if everything:
             self._seen.clear()
-        databases, families, busy = await self._manifest.read_in_thread(_load)
+        databases, families, busy, pinned = await self._manifest.read_in_thread(_load)
         removed = Removed()
         for record in databases:
             if record.state != "tombstoned":
-                removed.add(await self._judge(record, now_us))
+                pins = pinned.get(record.db_id, frozenset())
+                removed.add(await self._judge(record, now_us, pins))
         for db_id in self._changed(databases, families):
             deleted = next(one for one in databases if one.db_id == db_id).state == "tombstoned"
             if deleted and db_id in busy:  # its own job does it, once those before have ended
@@ -55,11 +57,12 @@ class RetentionPass:
                 self._families.pop(db_id, None)  # again in the next round
         return removed
 
-    async def _judge(self, record: DatabaseRecord, now_us: int) -> Removed:
+    async def _judge(self, record: DatabaseRecord, now_us: int, pinned: frozenset[int]) -> Removed:
         seen = self._seen.get(record.db_id)
         if (
             seen is not None
             and (seen.generation, seen.retention) == (record.generation, record.retention)
+            and seen.pinned == pinned
             and now_us < seen.due_at_us
         ):
             return Removed()
@@ -68,7 +71,7 @@ class RetentionPass:
             rule = RetentionRule(
                 retention=record.retention,
                 newest=record.generation,
-                pinned=pinned_generations(view.snapshots(record.db_id)),
+                pinned=pinned,
                 now_us=now_us,
             )
             judgement = judge(view.generations(record.db_id, limit=1_000_000), rule)
@@ -86,6 +89,7 @@ class RetentionPass:
         self._seen[record.db_id] = _Seen(
             generation=record.generation,
             retention=record.retention,
+            pinned=pinned,
             due_at_us=due_at_us if removed.finished else now_us,
         )
         return removed
@@ -119,9 +123,11 @@ class RetentionPass:
 
 def _load(
     view: ManifestView,
-) -> tuple[list[DatabaseRecord], dict[int, tuple[object, ...]], set[int]]:
-    """Every database; what says of its forks whether they may have let go of rows; and those
-    with jobs that have not ended.
+) -> tuple[
+    list[DatabaseRecord], dict[int, tuple[object, ...]], set[int], dict[int, frozenset[int]]
+]:
+    """Every database; what says of its forks whether they may have let go of rows; those with
+    jobs that have not ended; and the generations that snapshots pin.
     """
     databases = view.all_databases()
     states = {record.db_id: (record.state, record.generation) for record in databases}
@@ -129,4 +135,8 @@ def _load(
     for fork in view.all_forks():
         member = (fork.child_db_id, states.get(fork.child_db_id))
         families[fork.db_id] = (*families.get(fork.db_id, ()), member)
-    return databases, families, {job.db_id for job in view.unfinished_jobs()}
+    snapshots: dict[int, list[SnapshotRecord]] = {}
+    for snapshot in view.all_snapshots():
+        snapshots.setdefault(snapshot.db_id, []).append(snapshot)
+    pinned = {db_id: pinned_generations(rows) for db_id, rows in snapshots.items()}
+    return databases, families, {job.db_id for job in view.unfinished_jobs()}, pinned

@@ -160,7 +160,9 @@ class Fsck:
         async def check(generation: GenerationRecord) -> None:
             where = generation.document_key
             if not generation.document_stored:
-                if generation.db_id not in working:
+                parent = databases[generation.db_id].forked_from
+                first_of_fork = parent is not None and parent.generation == generation.generation
+                if generation.db_id not in working and not first_of_fork:
                     notes.add("I3", where, "published, but its document was never stored")
                 return
             try:
@@ -371,9 +373,11 @@ def _check_pins(seen: _Manifest, notes: _Notes) -> None:
             continue
         notes.count("forks")
         where = f"{record.tenant}/{record.name}"
+        if not parent.inherits:
+            continue
         if (parent.db_id, record.db_id) not in registered:
             notes.add("I8", where, "its parent does not know of the fork")
-        if parent.inherits and parent.db_id not in databases:
+        if parent.db_id not in databases:
             notes.add("I8", where, "the parent that its chunks fall through to is gone")
     for fork in seen.forks:
         if fork.child_db_id not in databases:

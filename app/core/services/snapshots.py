@@ -28,7 +28,6 @@ from app.core.stores.manifest.ops import (
     DeleteSnapshot,
     ManifestBatch,
     Op,
-    RetireBlob,
 )
 from app.core.stores.manifest.records import SnapshotRecord
 from app.core.stores.manifest.store import ManifestStore
@@ -129,19 +128,10 @@ class Snapshots:
         DatabaseNotFound, SnapshotNotFound.
         """
         row = self.get(tenant, database, name)
-        ops: list[Op] = [DeleteSnapshot(db_id=row.db_id, name=name)]
-        if row.document is not None:
-            ops.append(
-                RetireBlob(
-                    blob=row.document,
-                    db_id=row.db_id,
-                    eligible_at_us=wall_us(self._clock),
-                    reason="snapshot_deleted",
-                )
-            )
+        gone = DeleteSnapshot(db_id=row.db_id, name=name)
         try:
             await self._manifest.commit(
-                ManifestBatch(ops=tuple(ops), reason="snapshot.deleted", db_id=row.db_id)
+                ManifestBatch(ops=(gone,), reason="snapshot.deleted", db_id=row.db_id)
             )
         except MissingRow as refusal:
             raise SnapshotNotFound(snapshot=name) from refusal

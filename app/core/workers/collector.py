@@ -104,6 +104,12 @@ class Collector:
                 if not answer.done():
                     answer.set_exception(NotReady("The service is stopping."))
 
+    def now_us(self) -> int:
+        """The time by which the next round would judge what expires."""
+        wall, monotonic = wall_us(self._clock), self._clock.monotonic()
+        time = self._time or started(self._load(), wall_us=wall, monotonic=monotonic)
+        return time.advanced(wall_us=wall, monotonic=monotonic).now_us
+
     async def round(self, request: RoundRequest) -> RoundReport:
         """Raises RemoteUnavailable and NotReady where something is due that needs the store."""
         time = await self._advance(accept=request.accept_clock)

@@ -14,7 +14,7 @@ from app.core.stores.manifest.errors import (
     SnapshotTaken,
     WrongState,
 )
-from app.core.stores.manifest.lineage import adopt_every_chunk, forks_of, inheritors
+from app.core.stores.manifest.lineage import adopt_every_chunk, forks_of, inheritors, parent_of
 from app.core.stores.manifest.ops import (
     AdoptEveryChunk,
     CreateSnapshot,
@@ -86,14 +86,16 @@ def register_fork(rows: Rows, database: DatabaseRecord) -> None:
 
 
 def unregister_fork(rows: Rows, db_id: int) -> None:
-    """Called when a database's descriptor goes."""
-    if forks := forks_of(rows, db_id):
+    """Called when a database's descriptor goes. Forks that have all of their chunks themselves do
+    without it.
+    """
+    if forks := [one for one in forks_of(rows, db_id) if parent_of(rows, one.child_db_id)]:
         raise RowPinned(
             "Forks of the database are registered.", db_id=db_id,
             names=[f"{fork.tenant}/{fork.database}" for fork in forks],
         )  # fmt: skip
     for key, fork in list(rows.scan(FORKS)):
-        if fork.child_db_id == db_id:
+        if db_id in {fork.db_id, fork.child_db_id}:
             rows.delete(FORKS, key)
 
 

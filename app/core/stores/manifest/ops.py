@@ -203,8 +203,8 @@ class SetRetention(Op, frozen=True, kw_only=True, tag=True):
 
 
 class RemoveDatabase(Op, frozen=True, kw_only=True, tag=True):
-    """The last of a tombstoned database goes; its id is never given out again. Refused while forks
-    of it are registered; its own registration as a fork goes too.
+    """The last of a tombstoned database goes; its id is never given out again. Refused while a
+    fork of it inherits; its own registration as a fork goes too.
     """
 
     db_id: int

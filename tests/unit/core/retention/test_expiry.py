@@ -195,3 +195,16 @@ async def test_a_generation_without_its_document_stays(world: World) -> None:
     await world.publish(db_id, 0, "base")
     await world.retention.run(world.now_us, everything=True)
     assert [one.generation for one in world.generations(db_id)] == [1, 2]
+
+
+async def test_a_generation_goes_when_its_snapshot_does(world: World) -> None:
+    db_id = await world.create(Retention(keep_seconds=None, minimum_generations=1))
+    await world.publish(db_id, 0, "base")
+    snapshot = SnapshotRecord(
+        db_id=db_id, name="s", generation=1, last_lsn=1, page_count=1, created_at_us=1
+    )
+    await world.store.commit(batch(ops.CreateSnapshot(row=snapshot)))
+    await world.publish(db_id, 0, "base")
+    assert (await world.retention.run(5, everything=False)).generations == 0
+    await world.store.commit(batch(ops.DeleteSnapshot(db_id=db_id, name="s")))
+    assert (await world.retention.run(5, everything=False)).generations == 1
