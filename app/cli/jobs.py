@@ -213,8 +213,10 @@ def step_text(job: "Job") -> str:
 
 def progress_text(job: "Job") -> str:
     progress = job.progress
+    reads = job.kind in {"verify_manifest", "download_checkpoint"}
+    done = progress.staged_chunks if reads else progress.uploaded_blobs
     return (
-        f"{progress.uploaded_blobs}/{progress.total_chunks} chunks, "
+        f"{done}/{progress.total_chunks} chunks, "
         f"{bytes_text(progress.uploaded_bytes)}/{bytes_text(progress.total_bytes)}"
     )
 

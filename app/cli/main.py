@@ -11,8 +11,10 @@ import typer
 from typer.core import TyperGroup
 
 from app.cli import (
+    cold_scan,
     databases,
     demo,
+    generation_jobs,
     history,
     jobs,
     limits,
@@ -135,6 +137,7 @@ app.command("append", rich_help_panel="Data")(records.append)
 app.command("records", rich_help_panel="Data")(records.read)
 app.command("replicate", rich_help_panel="Data")(replicate.replicate)
 app.command("restore", rich_help_panel="Data")(restore.restore)
+app.command("cold-scan", rich_help_panel="Data")(cold_scan.cold_scan)
 app.command("checkpoint", rich_help_panel="Checkpoints")(jobs.checkpoint)
 app.command("truncate", rich_help_panel="Checkpoints")(truncations.truncate)
 app.command("generations", rich_help_panel="Checkpoints")(history.list_generations)
@@ -147,6 +150,8 @@ app.add_typer(limits.flags, name="flags", rich_help_panel="Operations")
 app.add_typer(limits.quota, name="quota", rich_help_panel="Operations")
 app.add_typer(upkeep.queue, name="queue", rich_help_panel="Operations")
 app.command("janitor", rich_help_panel="Operations")(upkeep.janitor)
+app.command("verify", rich_help_panel="Operations")(generation_jobs.verify)
+app.command("download", rich_help_panel="Operations")(generation_jobs.download)
 app.add_typer(operations.manifest, name="manifest", rich_help_panel="Operations")
 
 

@@ -16,6 +16,7 @@ from typing import Self
 import httpx
 
 from app.client.calls import Calls, RetryPolicy, Timeouts
+from app.client.cold_scans import ColdScans, ScanRequest
 from app.client.databases import Databases
 from app.client.failures import (
     ClientError,
@@ -24,6 +25,7 @@ from app.client.failures import (
     StreamBroken,
     UnexpectedAnswer,
 )
+from app.client.generation_jobs import GenerationJobs
 from app.client.history import History
 from app.client.images import Images
 from app.client.jobs import Checkpoints, Jobs
@@ -42,6 +44,7 @@ __all__ = [
     "Record",
     "RecordBatch",
     "RetryPolicy",
+    "ScanRequest",
     "ServiceUnreachable",
     "StreamBroken",
     "Timeouts",
@@ -104,6 +107,8 @@ class BopClient:
         )
         self.checkpoints = Checkpoints(calls)
         self.truncations = Truncations(calls)
+        self.cold_scans = ColdScans(calls)
+        self.generation_jobs = GenerationJobs(calls)
         self.jobs = Jobs(calls)
         self.operations = Operations(calls)
         self.limits = Limits(calls)

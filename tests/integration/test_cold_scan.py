@@ -1,8 +1,10 @@
 """Cold scans over HTTP: the right bytes, past every cache, within their limits."""
 
 import asyncio
+import json
 import random
 import socket
+import sys
 import time
 
 import httpx
@@ -13,6 +15,7 @@ from app.core.formats.cold_scan import FrameDecoder, FrameType
 from app.core.formats.record_framing import pack_records, unpack_records
 from app.settings import Settings
 from tests.conftest import MakeServer
+from tests.helpers.launch import base_environment
 from tests.helpers.scans import content, records, scan
 from tests.helpers.seaweed import SeaweedS3
 from tests.helpers.server import ServerProcess
@@ -319,3 +322,60 @@ async def test_a_service_that_stops_says_so_in_the_stream(server: ServerProcess)
     assert await ending == 0
     report = await fsck(Settings(data_dir=server.data_dir))
     assert report.findings == ()
+
+
+async def test_the_command_makes_a_database_or_records(server: ServerProcess, tmp_path):
+    client = server.client
+    await create(client)
+    image = image_of(random.Random(9), 3 * PER_CHUNK)
+    await put(client, image)
+    await checkpoint(client)
+    target = tmp_path / "copy.sqlite"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "app.cli.main", "--url", server.base_url, "--output", "json",
+        "cold-scan", "acme/app", "-o", str(target),
+        stdout=asyncio.subprocess.PIPE, env=base_environment(),
+    )  # fmt: skip
+    out, _ = await process.communicate()
+    assert process.returncode == 0
+    assert json.loads(out)["chunks"] == 3
+    assert target.read_bytes() == await image_at(client, 1)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "app.cli.main", "--url", server.base_url, "--output", "json",
+        "verify", "acme/app", "--wait",
+        stdout=asyncio.subprocess.PIPE, env=base_environment(),
+    )  # fmt: skip
+    out, _ = await process.communicate()
+    assert process.returncode == 0
+    assert json.loads(out)["result"]["outcome"] == "verified"
+
+
+async def test_snapshots_and_forks_are_scanned_like_generations(server: ServerProcess):
+    client, source = server.client, random.Random(10)
+    await create(client)
+    image = image_of(source, 4 * PER_CHUNK)
+    await put(client, image)
+    await checkpoint(client)
+    snapshot = await client.post("/tenants/acme/databases/app/snapshots", json={"name": "s"})
+    assert snapshot.status_code == 201
+    fork = await client.post("/tenants/acme/databases/app/forks", json={"database": "copy"})
+    assert fork.status_code == 201
+    await put(client, changed(source, image, 7))
+    await checkpoint(client)
+    before = await image_at(client, 1)
+    assert content(await scan(client, snapshot="s")) == before
+    assert content(await scan(client, database="copy")) == before
+    assert content(await scan(client)) == await image_at(client, 2)
+
+
+async def test_the_flag_of_a_tenant_refuses_it(server: ServerProcess):
+    client = server.client
+    await create(client)
+    await put(client, image_of(random.Random(11), 3))
+    await checkpoint(client)
+    flags = "/admin/tenants/acme/feature-flags"
+    assert (await client.patch(flags, json={"enable_cold_scan": False})).status_code == 200
+    answer = await client.get("/cold-scan", params={"tenant": "acme", "database": "app"})
+    assert (answer.status_code, answer.json()["code"]) == (409, "feature_disabled")
+    assert (await client.patch(flags, json={"enable_cold_scan": True})).status_code == 200
+    assert content(await scan(client)) == await image_at(client, 1)
