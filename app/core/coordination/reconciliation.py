@@ -142,8 +142,8 @@ def usage_roots(data_dir: Path) -> tuple[UsageRoot, ...]:
 
 
 def tenant_of(manifest: ManifestStore, kind: UsageKind, owner: str) -> str | None:
-    """WAL belongs to its database's tenant, scratch to its job's, the cache to nobody."""
-    if kind is UsageKind.HOT_CACHE:
+    """WAL belongs to its database's tenant, scratch to its job's, all else to nobody."""
+    if kind is UsageKind.HOT_CACHE or not owner:
         return None
     with manifest.read() as view:
         found = (

@@ -8,9 +8,12 @@ import pytest
 from app.core.base.events import Events
 from app.core.base.tasks import BlockingPool
 from app.core.coordination.quota import StorageQuota
-from app.core.coordination.reconciliation import QuotaReconciliation, UsageRoot
+from app.core.coordination.reconciliation import QuotaReconciliation, UsageRoot, tenant_of
 from app.core.coordination.usage import UsageKey, UsageKind, UsageLink
+from app.core.stores.manifest.ops import CreateDatabase, EnqueueJob, ManifestBatch
+from app.core.stores.manifest.records import JobRecord
 from tests.helpers.fake_clock import FakeClock
+from tests.unit.core.stores.manifest.builders import open_store
 
 JOB = "01J0000000000000000000000A"
 DEAD = "01J0000000000000000000000B"
@@ -119,3 +122,37 @@ async def test_a_charge_of_another_kind_is_not_the_listings_to_judge(tmp_path, p
     )
     assert (await only_wal.run_once()).corrected == 0
     assert quota.snapshot().global_used_bytes == 5
+
+
+async def test_who_pays_for_what_lies_in_the_data_directory(tmp_path):
+    store = await open_store(tmp_path / "manifest", clock=FakeClock())
+    receipt = await store.commit(
+        ManifestBatch(
+            ops=(
+                CreateDatabase(
+                    tenant="acme", name="log", engine="append_only", page_size=0,
+                    chunk_bytes=65_536, compression="none", created_at_us=1,
+                ),
+                EnqueueJob(
+                    job=JobRecord(
+                        job_id=JOB, kind="create_checkpoint", tenant="zeta", database="log",
+                        db_id=1, created_at_us=1,
+                    )
+                ),
+            ),
+            reason="made",
+        )
+    )  # fmt: skip
+    db_id = str(receipt.results[0])
+    for kind, owner, tenant in [
+        (UsageKind.WAL, db_id, "acme"),
+        (UsageKind.WAL, "999", None),
+        (UsageKind.WAL, "", None),
+        (UsageKind.WAL, "stray", None),
+        (UsageKind.SCRATCH, JOB, "zeta"),
+        (UsageKind.SCRATCH, DEAD, None),
+        (UsageKind.SCRATCH, "", None),
+        (UsageKind.HOT_CACHE, "", None),
+    ]:
+        assert tenant_of(store, kind, owner) == tenant, (kind, owner)
+    await store.aclose()
