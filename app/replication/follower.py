@@ -118,17 +118,22 @@ class Follower:
     async def _step(self) -> bool:
         """One look, one decision, one deed. True once the goal of `once` is reached."""
         try:
-            source = await self._opened()
-            log = await self._blocking(source.log_blocking)
+            source = self._source or await self._open()
+            look = await self._blocking(source.look_blocking)
         except SourceProblem as problem:
             await self._cannot_follow(problem)
             return False
-        if log is None or source is not self._source:
+        log = look.log
+        if not look.is_in_place:
+            await self._close()
+            self._replica.forget("the file was replaced")
+            return False
+        if log is None:
             await self._rest(SETTLE_SECONDS[1])
             return False
         if log != self._seen:
             self._seen, self._settling = log, 0
-        view = await self._view(source, log)
+        view = await self._view(source, log, look.waiting_pid)
         action = decide(view, self._limits)
         self._show(view)
         try:
@@ -147,13 +152,7 @@ class Follower:
             self._go_away(str(error))
         return self._is_goal_reached(action)
 
-    async def _opened(self) -> Source:
-        source = self._source
-        if source is not None and await self._blocking(lambda: source.is_in_place):
-            return source
-        if source is not None:
-            await self._close()
-            self._replica.forget("the file was replaced")
+    async def _open(self) -> Source:
         try:
             opened = await self._blocking(
                 lambda: Source.open_blocking(self.target.path, set_wal=self._set_wal)
@@ -164,7 +163,7 @@ class Follower:
         self._problem = ""
         return opened
 
-    async def _view(self, source: Source, log: Log) -> View:
+    async def _view(self, source: Source, log: Log, waiting_pid: int | None) -> View:
         position, found = self._replica.position, None
         if position is not None and position.salts == log.salts and position.checksums is not None:
             found = await self._blocking(source.checksums_at_blocking, log, position.offset)
@@ -182,14 +181,13 @@ class Follower:
             image_reason=self._replica.image_reason,
             confirmed=self._replica.confirmed,
             quiet=self._settling >= len(SETTLE_SECONDS),
-            waited_for=source.lock is not None and await self._is_waited_for(source, log),
+            waited_for=self._is_waited_for(waiting_pid, log),
         )
 
-    async def _is_waited_for(self, source: Source, log: Log) -> bool:
+    def _is_waited_for(self, pid: int | None, log: Log) -> bool:
         """Twice the same at the same state of the log: a writer and a passive sqlite_checkpoint of
         one process look alike, but not for long.
         """
-        pid = await self._blocking(source.waiting_pid_blocking)
         before, self._waiting = self._waiting, None if pid is None else (pid, log)
         if pid is None:
             return False

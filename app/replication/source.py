@@ -84,6 +84,16 @@ class Image:
         return self.page_count * self.log.page_size
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    is_in_place: bool
+    """Whether the path that was given still names the file, by links or without."""
+    log: Log | None
+    """None while it is being rebuilt."""
+    waiting_pid: int | None
+    """Who waits for the lock (`waiting_pid_blocking`), while it is held."""
+
+
 class Source:
     """`open_blocking` makes one."""
 
@@ -147,10 +157,14 @@ class Source:
         self._index_fd = self._log_fd = self._database_fd = -1
         disclaim(self.file_id)
 
-    @property
-    def is_in_place(self) -> bool:
-        """Whether the path that was given still names this file, by links or without."""
-        return file_id(self._given) == self.file_id == file_id(self.path)
+    def look_blocking(self) -> Look:
+        """All that is seen of it at once: a look is one call."""
+        is_in_place = file_id(self._given) == self.file_id == file_id(self.path)
+        return Look(
+            is_in_place=is_in_place,
+            log=self.log_blocking() if is_in_place else None,
+            waiting_pid=self.waiting_pid_blocking() if self.lock is not None else None,
+        )
 
     # --- the lock
 
