@@ -6,14 +6,10 @@ says so.
 """
 
 import asyncio
-import signal
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from types import FrameType
 from typing import Protocol
 
-import uvicorn
 from fastapi import FastAPI
 
 from app.container import Container, open_container
@@ -53,6 +49,9 @@ from app.routers.auth import Authenticator
 from app.routers.bodies import Spool
 from app.routers.deps import Desk
 from app.routers.middleware import Edge
+from app.routers.oidc import OidcRules, OidcTokens
+from app.routers.tokens import FileTokens
+from app.serving.server import OrderlyServer
 from app.settings import Settings
 
 VERSION = "0.1.0"
@@ -107,7 +106,7 @@ def create_app(
     metrics = Metrics()
     events.subscribe(metrics.sink)
     desk = Desk(settings=settings, clock=clock, events=events, metrics=metrics)
-    authenticator = Authenticator(settings.auth_tokens_file, clock=clock, events=events)
+    authenticator = _authenticator(settings, clock=clock, events=events)
     authenticator.open_blocking()
 
     def fail(error: BaseException) -> None:
@@ -157,9 +156,29 @@ def create_app(
         events=events,
         clock=clock,
         randomness=randomness or SystemRandomness(),
+        admin_port=settings.admin_port,
     )
     app.add_middleware(HttpMetrics, metrics=metrics)
     return app
+
+
+def _authenticator(settings: Settings, *, clock: Clock, events: Events) -> Authenticator:
+    path = settings.auth_tokens_file
+    oidc = None
+    if settings.oidc_issuer:
+        rules = OidcRules(
+            issuer=settings.oidc_issuer,
+            audience=settings.oidc_audience,
+            jwks=settings.oidc_jwks,
+            algorithms=frozenset(settings.oidc_algorithms),
+            name_claim=settings.oidc_name_claim,
+            scopes_claim=settings.oidc_scopes_claim,
+            tenants_claim=settings.oidc_tenants_claim,
+            leeway_seconds=settings.oidc_leeway_seconds,
+        )
+        oidc = OidcTokens(rules, clock=clock, events=events)
+    file = None if path is None else FileTokens(path, clock=clock, events=events)
+    return Authenticator(file=file, oidc=oidc)
 
 
 def gauges_of(container: Container, desk: Desk) -> dict[str, Callable[[], float]]:
@@ -191,49 +210,9 @@ def serve(settings: Settings) -> int:
     except StartRefused as refusal:
         events.error("service.start_refused", detail=str(refusal))
         return EXIT_FAILED
-    server = OrderlyServer(app, settings)
+    server = OrderlyServer(app, settings, events=events)
     try:
         server.run()
     except SystemExit:
         return EXIT_FAILED  # uvicorn could not start; why is in the log
     return EXIT_FAILED if server.failed else EXIT_DONE
-
-
-class OrderlyServer(uvicorn.Server):
-    """Ends in order on a signal or a fatal error, and returns instead of re-raising the signal."""
-
-    def __init__(self, app: FastAPI, settings: Settings) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                host=settings.host,
-                port=settings.port,
-                loop="uvloop",
-                http="httptools",
-                ws="none",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds)),
-            )
-        )
-        self.failed = False
-        self._desk: Desk = app.state.desk
-
-    def fail(self, error: BaseException) -> None:
-        del error
-        self.failed = True
-        self.should_exit = True
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal that was asked for is no failure, so it is not raised again at the end."""
-        del frame
-        if self.should_exit and sig == signal.SIGINT:
-            self.force_exit = True
-        self.should_exit = True
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Readiness goes down and long polls end before connections are waited for."""
-        self._desk.begin_shutdown()
-        await super().shutdown(sockets)

@@ -6,11 +6,36 @@ Nothing else reads the environment. Names end in their unit. `redacted()` is wha
 
 import os
 import tomllib
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+
+def _split(value: object) -> object:
+    """`a, b` as the environment has it; a list as TOML has it."""
+    return (
+        [one.strip() for one in value.split(",") if one.strip()]
+        if isinstance(value, str)
+        else value
+    )
+
+
+CommaSeparated = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+
+ASYMMETRIC = frozenset(
+    f"{kind}{bits}" for kind in ("RS", "PS", "ES") for bits in (256, 384, 512)
+) | {"EdDSA"}
+
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -54,6 +79,23 @@ class Settings(BaseSettings):
     """How long an act waits for its approval."""
     audit_log_count: int = Field(default=100_000, ge=1)
     """Admin actions that are kept to be looked at."""
+    admin_port: int | None = Field(default=None, ge=1, le=65535)
+    """`/admin` and `/debug` answer on this port alone; elsewhere they do not exist."""
+    admin_host: str | None = None
+    """Of `admin_port`; by default `host`."""
+    oidc_issuer: str | None = None
+    """Takes tokens that this OpenID Connect provider signed (`iss`), beside the tokens file's."""
+    oidc_audience: str = ""
+    oidc_jwks: str = ""
+    """URL or path of the provider's key set."""
+    oidc_algorithms: CommaSeparated = ("RS256", "ES256", "EdDSA")
+    oidc_name_claim: str = "sub"
+    oidc_scopes_claim: str = "scope"
+    oidc_tenants_claim: str = "tenants"
+    """A token without it sees no tenant; one with `*` sees all."""
+    oidc_leeway_seconds: float = Field(default=30.0, ge=0, le=300)
+    trusted_proxies: CommaSeparated = ()
+    """Addresses whose X-Forwarded-For and X-Forwarded-Proto are believed."""
 
     # --- remote store
     remote_url: str = ""
@@ -117,6 +159,14 @@ class Settings(BaseSettings):
     max_image_bytes: int = Field(default=1024 * GIB, ge=1)
     max_record_bytes: int = Field(default=16 * MIB, ge=1)
     max_json_bytes: int = Field(default=1 * MIB, ge=1)
+    max_head_bytes: int = Field(default=64 * KIB, ge=1 * KIB)
+    """Of a request: its line and its headers."""
+    max_head_fields: int = Field(default=128, ge=16)
+    head_timeout_seconds: float = Field(default=15.0, gt=0)
+    """A request's head that is not whole by then is refused."""
+    answer_stall_seconds: float = Field(default=120.0, gt=0)
+    """A client that takes nothing of its answer for this long is let go."""
+    connections_max: int = Field(default=4096, ge=1)
     body_idle_timeout_seconds: float = Field(default=30.0, gt=0)
     """A body of which nothing arrives for this long is refused."""
     body_bytes_per_second_min: int = Field(default=1024, ge=0)
@@ -168,10 +218,33 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if self.auth_tokens_file is None and self.host not in {"127.0.0.1", "::1", "localhost"}:
+        open_to_all = self.auth_tokens_file is None and self.oidc_issuer is None
+        for name, host in (("BOP_HOST", self.host), ("BOP_ADMIN_HOST", self.admin_host)):
+            if open_to_all and host is not None and host not in LOOPBACK:
+                raise ValueError(
+                    f"{name}={host} needs BOP_AUTH_TOKENS_FILE or BOP_OIDC_ISSUER: "
+                    "without tokens the service answers on loopback only"
+                )
+        if self.admin_port is not None and self.admin_port == self.port:
+            raise ValueError("BOP_ADMIN_PORT must be another port than BOP_PORT")
+        for proxy in self.trusted_proxies:
+            ip_address(proxy)  # raises ValueError: exact addresses, no networks, no `*`
+        return self
+
+    @model_validator(mode="after")
+    def _provider_is_whole(self) -> Self:
+        if self.oidc_issuer is None:
+            return self
+        if not self.oidc_audience or not self.oidc_jwks:
+            raise ValueError("BOP_OIDC_ISSUER needs BOP_OIDC_AUDIENCE and BOP_OIDC_JWKS")
+        if (
+            self.oidc_jwks.startswith("http://")
+            and urlsplit(self.oidc_jwks).hostname not in LOOPBACK
+        ):
+            raise ValueError("BOP_OIDC_JWKS must be https://: its keys decide who is let in")
+        if unknown := set(self.oidc_algorithms) - ASYMMETRIC:
             raise ValueError(
-                f"BOP_HOST={self.host} needs BOP_AUTH_TOKENS_FILE: "
-                "without tokens the service answers on loopback only"
+                f"BOP_OIDC_ALGORITHMS: {', '.join(sorted(unknown))} is no asymmetric signature"
             )
         return self
 

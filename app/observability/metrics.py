@@ -80,6 +80,10 @@ class Metrics:
         for name, read in gauges.items():
             self._gauges[name].set_function(read)
 
+    def watch_connections(self, count: Callable[[], float]) -> None:
+        """For as long as the process has a server."""
+        self.http_connections.set_function(count)
+
     def unwatch(self) -> None:
         """What the callbacks read is being closed: the gauges show zero."""
         for gauge in self._gauges.values():
@@ -225,6 +229,10 @@ class Metrics:
             ("method", "handler"),
             buckets=_HTTP_SECONDS,
             registry=self.registry,
+        )
+
+        self.http_connections = Gauge(
+            "http_connections", "Open connections of clients.", registry=self.registry
         )
 
     def _counter(

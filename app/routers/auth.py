@@ -1,39 +1,23 @@
-"""Who may do what: the tokens file, scopes by route, tenants by token.
+"""Who may do what: principals from tokens, scopes by route, tenants by token.
 
 Invariants: I12: a token bound to tenants meets 404 wherever another tenant is named, before the
 request is looked at further. Denied by default: `route.py` makes no route without a scope.
 
-Concurrency: the table of tokens is one immutable value, replaced whole. Cancellation: a reload
-that is cancelled leaves the table as it was. Crash: nothing is durable here.
+Concurrency, cancellation, crash: see `tokens.py` and `oidc.py`; nothing is kept here.
 """
 
-import asyncio
-import hashlib
-import hmac
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import msgspec
-
-from app.core.base.clock import Clock
-from app.core.base.errors import (
-    DatabaseNotFound,
-    Forbidden,
-    NotFound,
-    StartRefused,
-    Unauthenticated,
-)
-from app.core.base.events import Events
+from app.core.base.errors import DatabaseNotFound, Forbidden, NotFound, Unauthenticated
 from app.routers.exchange import Principal
+from app.routers.oidc import OidcTokens, looks_like_jwt
+from app.routers.tokens import SCOPES, FileTokens, Scope
 
-Scope = Literal["read", "write", "checkpoint", "debug", "admin"]
-SCOPES: frozenset[str] = frozenset({"read", "write", "checkpoint", "debug", "admin"})
 LOCAL = Principal(name="local", scopes=SCOPES)
 OPEN_PATHS: frozenset[str] = frozenset(
     {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs"}
 )
-RELOAD_SECONDS = 0.5
 _SCOPES_ATTRIBUTE = "__bop_scopes__"
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -89,102 +73,38 @@ def require_unbound(principal: Principal) -> None:
         raise Forbidden("This concerns all tenants; a token bound to tenants does not reach it.")
 
 
-class TokenEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    name: str
-    sha256: str
-    scopes: tuple[Scope, ...]
-    tenants: tuple[str, ...] | None = None
-
-
-class TokensFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    tokens: tuple[TokenEntry, ...]
-
-
-class Tokens:
-    """An immutable table of token digests."""
-
-    def __init__(self, file: TokensFile) -> None:
-        table: list[tuple[bytes, Principal]] = []
-        for entry in file.tokens:
-            digest = bytes.fromhex(entry.sha256)
-            if len(digest) != hashlib.sha256().digest_size:
-                raise ValueError(f"token {entry.name!r}: sha256 is not 64 hex digits")
-            tenants = None if entry.tenants is None else frozenset(entry.tenants)
-            principal = Principal(name=entry.name, scopes=frozenset(entry.scopes), tenants=tenants)
-            table.append((digest, principal))
-        self._table = tuple(table)
-
-    def find(self, token: bytes) -> Principal | None:
-        """Looks at every entry, each in constant time, whatever was found before."""
-        digest = hashlib.sha256(token).digest()
-        found: Principal | None = None
-        for known, principal in self._table:
-            if hmac.compare_digest(known, digest):
-                found = principal
-        return found
-
-
 class Authenticator:
-    """Gives a principal for an Authorization header. Without a tokens file everyone is `local`."""
+    """Gives a principal for an Authorization header: by the tokens file, by the identity provider.
+    With neither, everyone is `local`.
+    """
 
-    def __init__(self, path: Path | None, *, clock: Clock, events: Events) -> None:
-        self._path = path
-        self._clock = clock
-        self._events = events
-        self._tokens: Tokens | None = None
-        self._stamp: tuple[int, int, int] | None = None
-        self._look_at = 0.0
+    def __init__(self, *, file: FileTokens | None, oidc: OidcTokens | None) -> None:
+        self._file = file
+        self._oidc = oidc
 
     def open_blocking(self) -> None:
         """Raises StartRefused if the tokens file cannot be used."""
-        if self._path is None:
-            return
-        try:
-            self._tokens, self._stamp = _load_blocking(self._path)
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
-            raise StartRefused(f"BOP_AUTH_TOKENS_FILE={self._path}: {error}") from error
-        self._look_at = self._clock.monotonic() + RELOAD_SECONDS
+        if self._file is not None:
+            self._file.open_blocking()
 
     def look_now(self) -> None:
-        """The next request looks whether the file has changed."""
-        self._look_at = 0.0
+        """The next request looks whether the tokens file has changed."""
+        if self._file is not None:
+            self._file.look_now()
 
     async def authenticate(self, authorization: bytes | None) -> Principal:
-        """Raises Unauthenticated."""
-        if self._path is None:
+        """Raises Unauthenticated; NotReady while the identity provider's keys cannot be had."""
+        if self._file is None and self._oidc is None:
             return LOCAL
-        if self._clock.monotonic() >= self._look_at:
-            await self._reload(self._path)
         if authorization is None:
             raise Unauthenticated
-        scheme, _, token = authorization.partition(b" ")
-        principal = None
-        if scheme.lower() == b"bearer" and self._tokens is not None:
-            principal = self._tokens.find(token.strip())
+        scheme, _, rest = authorization.partition(b" ")
+        token = rest.strip()
+        if scheme.lower() != b"bearer" or not token:
+            raise Unauthenticated("The token is not known.")
+        principal = None if self._file is None else await self._file.find(token)
+        if principal is None and self._oidc is not None and looks_like_jwt(token):
+            principal = await self._oidc.find(token)
         if principal is None:
             raise Unauthenticated("The token is not known.")
         return principal
-
-    async def _reload(self, path: Path) -> None:
-        """A file that cannot be read or parsed changes nothing: the last good table stays."""
-        self._look_at = self._clock.monotonic() + RELOAD_SECONDS
-        try:
-            stamp = await asyncio.to_thread(_stamp_blocking, path)
-            if stamp == self._stamp:
-                return
-            self._stamp = stamp
-            self._tokens, self._stamp = await asyncio.to_thread(_load_blocking, path)
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
-            self._events.error("auth.tokens_unreadable", path=str(path), error=str(error))
-        else:
-            self._events.info("auth.tokens_reloaded", path=str(path))
-
-
-def _stamp_blocking(path: Path) -> tuple[int, int, int]:
-    stat = path.stat()
-    return stat.st_ino, stat.st_mtime_ns, stat.st_size
-
-
-def _load_blocking(path: Path) -> tuple[Tokens, tuple[int, int, int]]:
-    stamp = _stamp_blocking(path)
-    return Tokens(msgspec.json.decode(path.read_bytes(), type=TokensFile)), stamp

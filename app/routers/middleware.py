@@ -12,7 +12,7 @@ It is plain ASGI and one class on purpose: every further layer costs small reque
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.core.base.clock import Clock, Randomness
-from app.core.base.errors import Unauthenticated
+from app.core.base.errors import NotFound, NotReady, Unauthenticated
 from app.core.base.events import Events
 from app.observability.logging import RequestContext, request_context
 from app.routers.auth import LOCAL, OPEN_PATHS, Authenticator
@@ -21,6 +21,7 @@ from app.routers.problems import internal_problem, problem_response
 
 PROBED_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 """Asked every few seconds for ever; logged only when they fail."""
+OPERATORS_PATHS = ("/admin/", "/debug/")
 
 
 class Edge:
@@ -32,12 +33,14 @@ class Edge:
         events: Events,
         clock: Clock,
         randomness: Randomness,
+        admin_port: int | None = None,
     ) -> None:
         self._app = app
         self._authenticator = authenticator
         self._events = events
         self._clock = clock
         self._randomness = randomness
+        self._admin_port = admin_port
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,8 +68,10 @@ class Edge:
                 exchange.principal = LOCAL
             else:
                 exchange.principal = await self._authenticator.authenticate(exchange.authorization)
+            if self._admin_port is not None and self._is_hidden(scope):
+                raise NotFound("No such path.")
             await self._app(scope, exchange.receive, exchange.send)
-        except Unauthenticated as error:
+        except (Unauthenticated, NotReady, NotFound) as error:
             answer = problem_response(error, request_id=exchange.request_id)
             await answer(scope, exchange.receive, exchange.send)
         except ClientGone as error:
@@ -86,6 +91,13 @@ class Edge:
                 raise ResponseBroken(repr(error)) from error
             await internal_problem(exchange)(scope, exchange.receive, exchange.send)
 
+    def _is_hidden(self, scope: Scope) -> bool:
+        """Operators' paths exist on their own port alone."""
+        server = scope.get("server")
+        return scope["path"].startswith(OPERATORS_PATHS) and (
+            server is None or server[1] != self._admin_port
+        )
+
     def _log(self, scope: Scope, exchange: Exchange, seconds: float) -> None:
         """One line a request. Small successful writes and reads of single pages that nobody named
         are left out: at thousands a second nobody could look for them.
@@ -102,6 +114,7 @@ class Edge:
             "path": path,
             "status": status or None,
             "seconds": round(seconds, 6),
+            "client": client[0] if (client := scope.get("client")) else None,
             "principal": None if exchange.principal is None else exchange.principal.name,
             "body_bytes": exchange.body_received,
         }

@@ -116,3 +116,38 @@ def test_credentials_in_urls_are_cut():
 def test_settings_do_not_change():
     with pytest.raises(ValidationError):
         Settings().port = 1
+
+
+OIDC = {"oidc_issuer": "https://id", "oidc_audience": "bop", "oidc_jwks": "https://id/jwks"}
+
+
+def test_an_identity_provider_lets_it_answer_elsewhere():
+    assert Settings(host="0.0.0.0", **OIDC).oidc_algorithms == ("RS256", "ES256", "EdDSA")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"oidc_audience": ""}, "BOP_OIDC_AUDIENCE"),
+        ({"oidc_jwks": ""}, "BOP_OIDC_JWKS"),
+        ({"oidc_jwks": "http://id/jwks"}, "https"),
+        ({"oidc_algorithms": "RS256,HS256"}, "HS256"),
+        ({"oidc_algorithms": "none"}, "none"),
+        ({"admin_port": 8600}, "BOP_ADMIN_PORT"),
+        ({"trusted_proxies": "10.0.0.0/8"}, "trusted_proxies|10.0.0.0/8"),
+        ({"trusted_proxies": "*"}, "trusted_proxies|does not appear"),
+    ],
+)
+def test_access_settings_that_would_let_too_many_in_are_refused(changes, told):
+    with pytest.raises(ValidationError, match=told):
+        Settings(**{**OIDC, **changes})
+
+
+def test_the_admin_port_needs_tokens_to_leave_loopback():
+    with pytest.raises(ValidationError, match="BOP_ADMIN_HOST"):
+        Settings(admin_host="0.0.0.0")
+
+
+def test_lists_come_separated_by_commas(monkeypatch):
+    monkeypatch.setenv("BOP_TRUSTED_PROXIES", "10.0.0.1, ::1")
+    assert Settings().trusted_proxies == ("10.0.0.1", "::1")

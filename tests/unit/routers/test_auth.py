@@ -1,17 +1,24 @@
 """No route without a scope; no tenant seen by another's token."""
 
+import hashlib
 import json
 import re
+import time
 
+import jwt
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from fastapi import APIRouter, Request
 
+from app.core.base.clock import rfc3339, wall_us
 from app.core.base.errors import StartRefused
+from app.core.base.events import Events
 from app.main import create_app
-from app.routers import auth
+from app.routers import auth, tokens
 from app.routers.auth import OPEN_PATHS, SCOPES, needs
 from app.routers.route import ScopedRoute
 from app.settings import Settings
+from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_services import lease
 from tests.unit.routers.conftest import TOKENS, Running, bearer, write_tokens
 
@@ -209,7 +216,7 @@ async def test_principals_do_not_share_idempotency_keys(guarded: Running):
 
 
 async def test_the_file_is_read_again_when_it_changes(guarded: Running, tokens_file, monkeypatch):
-    monkeypatch.setattr(auth, "RELOAD_SECONDS", 0.0)
+    monkeypatch.setattr(tokens, "RELOAD_SECONDS", 0.0)
     client = guarded.client
     assert (await client.get("/jobs", headers=bearer("all"))).status_code == 200
     write_tokens(tokens_file, {"fresh": TOKENS["all"]})
@@ -254,3 +261,73 @@ async def test_tokens_are_never_logged(guarded: Running):
     assert guarded.logged
     assert "canary" not in repr(guarded.logged)
     assert "Bearer" not in repr(guarded.logged)
+
+
+def entry(token: str, **fields) -> dict:
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    return {"name": "ops", "sha256": digest, "scopes": ["read"], **fields}
+
+
+async def test_a_token_is_exchanged_while_the_old_one_still_counts(tmp_path):
+    """Two entries of one name are one principal; each has its own end."""
+    clock = FakeClock()
+    path = tmp_path / "tokens.json"
+    old = entry("old", expires_at=rfc3339(wall_us(clock) + 60_000_000))
+    path.write_text(json.dumps({"tokens": [old, entry("new")]}), encoding="utf-8")
+    file = tokens.FileTokens(path, clock=clock, events=Events())
+    file.open_blocking()
+    assert await file.find(b"old") == await file.find(b"new") is not None
+    clock.advance(59)
+    assert await file.find(b"old") is not None
+    clock.advance(1)
+    assert await file.find(b"old") is None
+    assert await file.find(b"new") is not None
+
+
+async def test_a_jwt_is_taken_beside_the_tokens_file(tmp_path, tokens_file):
+    """And one that has expired is 401 on every route that needs a token."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    public = jwt.algorithms.ECAlgorithm.to_jwk(key.public_key(), as_dict=True)
+    jwks = tmp_path / "jwks.json"
+    jwks.write_text(json.dumps({"keys": [{**public, "kid": "k", "alg": "ES256"}]}))
+
+    def token(seconds: int) -> dict[str, str]:
+        claims = {
+            "iss": "https://id", "aud": "bop", "sub": "ann", "exp": int(time.time()) + seconds,
+            "scope": "read", "tenants": ["acme"],
+        }  # fmt: skip
+        return bearer(jwt.encode(claims, key, "ES256", headers={"kid": "k"}))
+
+    provider = {
+        "oidc_issuer": "https://id", "oidc_audience": "bop", "oidc_jwks": str(jwks),
+        "oidc_leeway_seconds": 0,
+    }  # fmt: skip
+    async with Running(data_dir=tmp_path, auth_tokens_file=tokens_file, **provider) as running:
+        running.service.add_database("acme", "events")
+        running.service.add_database("zeta", "events")
+        client = running.client
+        path = "/tenants/{}/databases/events"
+        for headers, tenant, status in (
+            (token(60), "acme", 200),
+            (token(60), "zeta", 404),
+            (bearer("all"), "zeta", 200),
+            (token(-1), "acme", 401),
+        ):
+            answer = await client.get(path.format(tenant), headers=headers)
+            assert answer.status_code == status
+        for route, method in routes_of(running.app):
+            if route.scopes:
+                answer = await client.request(
+                    method, concrete(route.path, "acme"), headers=token(-1)
+                )
+                assert answer.status_code == 401, route.path
+
+
+async def test_with_a_port_of_their_own_operators_paths_exist_nowhere_else(tmp_path):
+    async with Running(data_dir=tmp_path, admin_port=8601) as running:
+        for path in ("/debug/checkpoint/leases", "/admin/audit"):
+            answer = await running.client.get(path)
+            assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
+            there = await running.client.get(f"http://service:8601{path}")
+            assert there.status_code == 200
+        assert (await running.client.get("/jobs")).status_code == 200

@@ -1,0 +1,161 @@
+"""A client's connection within limits that uvicorn does not have.
+
+Invariants: I11: a request's head is bounded in bytes, fields and time; connections are bounded in
+number; an answer that nobody reads is not held for ever. Whatever is no HTTP is answered once, as a
+problem, and the connection goes, so that nothing behind it is taken for a request.
+
+Concurrency: confined to the event loop; `OrderlyServer` looks at every connection once a second.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from app.core.base.errors import InvalidRequest, NotReady
+from app.routers.problems import MEDIA_TYPE, problem_members
+
+RETRY_AFTER_SECONDS = 1
+VERSIONS = frozenset({"1.0", "1.1"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionLimits:
+    connections_max: int
+    head_bytes_max: int
+    head_fields_max: int
+    head_timeout_seconds: float
+    """From a connection's opening, or a request's first byte, to the end of its head."""
+    answer_stall_seconds: float
+    """A client that takes nothing of an answer for so long is let go."""
+
+
+class _Refused(Exception):
+    """Ends the parsing of this connection."""
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    def __init__(self, *arguments: Any, limits: ConnectionLimits, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._limits = limits
+        self._head_since: float | None = None
+        """When the head that is being read began; None while there is none."""
+        self._head_bytes = 0
+        self._is_turned_away = False
+        self._refusal: tuple[HTTPStatus, str] | None = None
+        self._stalled_since: float | None = None
+        self._stalled_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if len(self.connections) >= self._limits.connections_max:
+            self._is_turned_away = True
+            self.transport = transport
+            transport.write(
+                answer_bytes(
+                    HTTPStatus.SERVICE_UNAVAILABLE,
+                    code=NotReady.code,
+                    title="Too many connections",
+                    detail="The service has as many connections as it takes. Try again.",
+                )
+            )
+            transport.close()
+            return
+        super().connection_made(transport)
+        self._head_since = self.loop.time()
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_turned_away:
+            return
+        if self._head_since is None and self._is_between_requests():
+            self._head_since = self.loop.time()
+        if self._head_since is not None:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_since is not None and self._head_bytes > self._limits.head_bytes_max:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, self._too_large())
+
+    def on_headers_complete(self) -> None:
+        limits = self._limits
+        if len(self.headers) > limits.head_fields_max or (
+            self._head_bytes > limits.head_bytes_max
+            and self._size_of_head() > limits.head_bytes_max
+        ):
+            self._refusal = (HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, self._too_large())
+            raise _Refused
+        if self.parser.get_http_version() not in VERSIONS:
+            self._refusal = (HTTPStatus.BAD_REQUEST, "This takes HTTP/1.1 and HTTP/1.0.")
+            raise _Refused
+        self._head_since = None
+        self._head_bytes = 0
+        super().on_headers_complete()
+        if self.parser.should_upgrade():
+            self.cycle.keep_alive = False  # what follows is read by no parser
+
+    def send_400_response(self, msg: str) -> None:
+        """Uvicorn's way out wherever the parser gives up."""
+        status, detail = self._refusal or (HTTPStatus.BAD_REQUEST, msg)
+        self._refuse(status, detail)
+
+    def look(self, now: float) -> None:
+        """Lets go of a client that is too slow."""
+        if self._is_turned_away or self.transport.is_closing():
+            return
+        limits = self._limits
+        if self._head_since is not None and now - self._head_since > limits.head_timeout_seconds:
+            self._refuse(
+                HTTPStatus.REQUEST_TIMEOUT,
+                f"No whole request head came within {limits.head_timeout_seconds:g} seconds.",
+            )
+        elif self._is_stalled(now):
+            self.transport.abort()
+
+    def _is_stalled(self, now: float) -> bool:
+        """True once nothing of the answer has left for too long."""
+        waiting = self.transport.get_write_buffer_size()
+        if not waiting or waiting != self._stalled_bytes or self._stalled_since is None:
+            self._stalled_since, self._stalled_bytes = now, waiting
+            return False
+        return now - self._stalled_since > self._limits.answer_stall_seconds
+
+    def _refuse(self, status: HTTPStatus, detail: str) -> None:
+        if self.transport.is_closing():
+            return
+        if self._is_between_requests():
+            self.transport.write(
+                answer_bytes(status, code=InvalidRequest.code, title=status.phrase, detail=detail)
+            )
+        # An answer that is under way is not mixed with another: the connection just ends.
+        self.transport.close()
+
+    def _is_between_requests(self) -> bool:
+        cycle: RequestResponseCycle | None = self.cycle
+        return cycle is None or cycle.response_complete
+
+    def _size_of_head(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+
+    def _too_large(self) -> str:
+        limits = self._limits
+        return (
+            f"The request's head is larger than {limits.head_bytes_max} bytes, "
+            f"or has more than {limits.head_fields_max} fields."
+        )
+
+
+def answer_bytes(status: HTTPStatus, *, code: str, title: str, detail: str) -> bytes:
+    """A problem that no application had a part in."""
+    members = problem_members(
+        code=code, title=title, status=int(status), detail=detail, extras={"request_id": ""}
+    )
+    body = msgspec.json.encode(members)
+    head = (
+        f"HTTP/1.1 {status.value} {status.phrase}\r\n"
+        f"content-type: {MEDIA_TYPE}\r\n"
+        f"content-length: {len(body)}\r\n"
+        f"retry-after: {RETRY_AFTER_SECONDS}\r\n"
+        "connection: close\r\n\r\n"
+    )
+    return head.encode() + body

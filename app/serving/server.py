@@ -1,0 +1,105 @@
+"""The process's HTTP server: ends in order, keeps its connections within limits, and has a port of
+its own for operators where that is asked for.
+"""
+
+import asyncio
+import functools
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from app.core.base.events import Events
+from app.routers.deps import Desk
+from app.serving.protocol import ConnectionLimits, GuardedProtocol
+from app.settings import Settings
+
+TICKS_A_SECOND = 10  # uvicorn's
+
+
+class OrderlyServer(uvicorn.Server):
+    """Ends in order on a signal or a fatal error, and returns instead of re-raising the signal."""
+
+    def __init__(self, app: FastAPI, settings: Settings, *, events: Events) -> None:
+        limits = ConnectionLimits(
+            connections_max=settings.connections_max,
+            head_bytes_max=settings.max_head_bytes,
+            head_fields_max=settings.max_head_fields,
+            head_timeout_seconds=settings.head_timeout_seconds,
+            answer_stall_seconds=settings.answer_stall_seconds,
+        )
+        self._new_protocol = functools.partial(GuardedProtocol, limits=limits)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                loop="uvloop",
+                http=self._new_protocol,  # type: ignore[arg-type]
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=bool(settings.trusted_proxies),
+                forwarded_allow_ips=list(settings.trusted_proxies),
+                timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds)),
+            )
+        )
+        self.failed = False
+        self._desk: Desk = app.state.desk
+        self._desk.metrics.watch_connections(lambda: len(self.server_state.connections))
+        self._settings = settings
+        self._events = events
+
+    def fail(self, error: BaseException) -> None:
+        del error
+        self.failed = True
+        self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal that was asked for is no failure, so it is not raised again at the end."""
+        del frame
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        settings = self._settings
+        if settings.admin_port is None:
+            return
+        host = settings.admin_host or settings.host
+        try:
+            self.servers.append(
+                await asyncio.get_running_loop().create_server(
+                    self._make_protocol, host=host, port=settings.admin_port
+                )
+            )
+        except OSError as error:
+            self._events.error(
+                "service.start_refused", detail=f"BOP_ADMIN_PORT={settings.admin_port}: {error}"
+            )
+            self.fail(error)
+        else:
+            self._events.info("service.admin_port", host=host, port=settings.admin_port)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % TICKS_A_SECOND == 0:
+            now = asyncio.get_running_loop().time()
+            for connection in tuple(self.server_state.connections):
+                if isinstance(connection, GuardedProtocol):
+                    connection.look(now)
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Readiness goes down and long polls end before connections are waited for."""
+        self._desk.begin_shutdown()
+        await super().shutdown(sockets)
+
+    def _make_protocol(self) -> asyncio.Protocol:
+        return self._new_protocol(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
