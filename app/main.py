@@ -28,6 +28,7 @@ from app.routers import (
     collection,
     databases,
     debug,
+    diagnosis,
     forks,
     generation_jobs,
     health,
@@ -75,6 +76,7 @@ ROUTERS = (
     changes,
     collection,
     debug,
+    diagnosis,
     approvals,
     audit,
     limits,
@@ -103,7 +105,7 @@ def create_app(
     the process must end. Raises StartRefused where the tokens file cannot be used.
     """
     events, clock = events or Events(), clock or SystemClock()
-    metrics = Metrics()
+    metrics = Metrics(databases_max=settings.metrics_databases_max)
     events.subscribe(metrics.sink)
     desk = Desk(settings=settings, clock=clock, events=events, metrics=metrics)
     authenticator = _authenticator(settings, clock=clock, events=events)

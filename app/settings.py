@@ -97,6 +97,10 @@ class Settings(BaseSettings):
     trusted_proxies: CommaSeparated = ()
     """Addresses whose X-Forwarded-For and X-Forwarded-Proto are believed."""
 
+    # --- metrics
+    metrics_databases_max: int = Field(default=200, ge=0)
+    """So many databases have series of their own; all of them count in the totals."""
+
     # --- remote store
     remote_url: str = ""
     """`s3://bucket/prefix` or `file:///path`; empty: `remote/` under the data directory."""
@@ -119,6 +123,8 @@ class Settings(BaseSettings):
 
     # --- manifest
     manifest_map_bytes: int = Field(default=64 * GIB, ge=1 * MIB)
+    manifest_backups_count: int = Field(default=3, ge=1)
+    """Copies made by `POST /admin/manifest/backup` that are kept."""
     manifest_max_readers: int = Field(default=126, ge=2)
 
     # --- room

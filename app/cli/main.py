@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from app.cli import (
+    approvals,
     cold_scan,
     databases,
     demo,
@@ -85,7 +86,6 @@ class RootGroup(TyperGroup):
 app = typer.Typer(
     cls=RootGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     epilog="--url, --token and --output may stand anywhere on the line.",
@@ -145,6 +145,11 @@ app.add_typer(history.snapshots, name="snapshots", rich_help_panel="Checkpoints"
 app.command("fork", rich_help_panel="Checkpoints")(history.fork)
 databases.app.command("update")(history.update)
 app.add_typer(jobs.app, name="jobs", rich_help_panel="Checkpoints")
+operations.leases.command("release")(approvals.release_lease)
+operations.manifest.command("backup")(approvals.backup)
+jobs.app.command("explain")(approvals.explain)
+app.add_typer(approvals.approvals, name="approvals", rich_help_panel="Operations")
+app.command("audit", rich_help_panel="Operations")(approvals.audit)
 app.add_typer(operations.leases, name="leases", rich_help_panel="Operations")
 app.add_typer(limits.flags, name="flags", rich_help_panel="Operations")
 app.add_typer(limits.quota, name="quota", rich_help_panel="Operations")

@@ -15,6 +15,7 @@ from typing import Self
 
 import httpx
 
+from app.client.admin import Admin
 from app.client.calls import Calls, RetryPolicy, Timeouts
 from app.client.cold_scans import ColdScans, ScanRequest
 from app.client.databases import Databases
@@ -113,6 +114,7 @@ class BopClient:
         self.operations = Operations(calls)
         self.limits = Limits(calls)
         self.upkeep = Upkeep(calls)
+        self.admin = Admin(calls)
 
     async def __aenter__(self) -> Self:
         await self._http.__aenter__()

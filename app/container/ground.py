@@ -19,7 +19,7 @@ from app.core.stores.local.scratch import ScratchStore
 from app.core.stores.manifest.environment import fsync_path_blocking
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.remote.open import RemoteOptions, open_remote
-from app.core.stores.remote.protocol import RemoteStore
+from app.core.stores.remote.retrying import Retrying
 from app.settings import Settings
 from migrations.runner import load_steps
 
@@ -34,7 +34,7 @@ class Ground:
     randomness: Randomness
     process_id: str
     manifest: ManifestStore
-    remote: RemoteStore
+    remote: Retrying
     ownership: PrefixOwnership
     pool: BlockingPool
     scratch: ScratchStore

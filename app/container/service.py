@@ -7,6 +7,7 @@ from typing import Literal
 from app.core.base.events import Events, Level
 from app.core.services.approvals import Approvals
 from app.core.services.audit import Audit
+from app.core.services.backups import Backups
 from app.core.services.change_feed import ChangeFeed
 from app.core.services.checkpoints import Checkpoints
 from app.core.services.cold_scans import ColdScans
@@ -14,7 +15,9 @@ from app.core.services.collection import Collection
 from app.core.services.databases import Databases
 from app.core.services.debugging import Debugging
 from app.core.services.deletion import Deletion
+from app.core.services.explaining import Explaining
 from app.core.services.forks import Forks
+from app.core.services.freshness import Freshness
 from app.core.services.generation_jobs import GenerationJobs
 from app.core.services.history import History
 from app.core.services.idempotency import Idempotency
@@ -27,6 +30,7 @@ from app.core.services.snapshots import Snapshots
 from app.core.services.tenants import Tenants
 from app.core.services.truncations import Truncations
 from app.core.services.upkeep import Upkeep
+from app.core.services.wal_overview import WalOverview
 from app.core.workers.job_loop import JobLoop
 from app.core.workers.prefix_claim import PrefixClaim
 
@@ -57,6 +61,10 @@ class Services:
     audit: Audit
     tenants: Tenants
     upkeep: Upkeep
+    backups: Backups
+    explaining: Explaining
+    freshness: Freshness
+    wal_overview: WalOverview
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from functools import partial
 from app.container.collection import collection_parts
 from app.container.generation_jobs import generation_job_handlers, verification_workers
 from app.container.ground import Ground, OnFatal, open_ground
+from app.container.operating import operating_services
 from app.container.scans import open_limiter
 from app.container.service import Container, Gauges, Services
 from app.core.base.errors import OwnershipLost, StartRefused
@@ -42,8 +43,6 @@ from app.core.reads.page_cache import PageCache
 from app.core.reads.page_store import PageStore
 from app.core.reads.read_point import GenerationPins
 from app.core.reads.record_reader import RecordReader
-from app.core.services.approvals import Approvals
-from app.core.services.audit import Audit
 from app.core.services.change_feed import ChangeFeed
 from app.core.services.checkpoints import Checkpoints
 from app.core.services.cold_scans import ColdScans
@@ -459,6 +458,15 @@ def _services(
 ) -> Services:
     manifest, directory, clock = ground.manifest, storage.directory, ground.clock
     now_us = work.collector.now_us
+    operating = operating_services(
+        settings,
+        ground,
+        directory=directory,
+        queue=work.queue,
+        quota=storage.quota,
+        claim=claim,
+        events=events,
+    )
     states = States(manifest, directory, storage.page_store)
     fsck = Fsck(
         manifest=manifest,
@@ -544,16 +552,12 @@ def _services(
             hot_cache=storage.hot_cache,
         ),
         idempotency=Idempotency(manifest, clock=clock),
-        approvals=Approvals(
-            manifest,
-            directory,
-            clock=clock,
-            randomness=ground.randomness,
-            events=events,
-            needed=settings.admin_approvals,
-            valid_seconds=settings.admin_approval_seconds,
-        ),
-        audit=Audit(manifest, clock=clock, events=events),
+        approvals=operating.approvals,
+        audit=operating.audit,
+        backups=operating.backups,
+        explaining=operating.explaining,
+        freshness=operating.freshness,
+        wal_overview=operating.wal_overview,
         tenants=Tenants(
             manifest,
             storage.quota,

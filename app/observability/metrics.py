@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
 from app.core.base.events import Level
+from app.observability.freshness import FreshnessCollector
 
 TIERS = ("wal", "page_cache", "local", "remote")
 CHECKPOINT_OUTCOMES = ("published", "no_changes", "failed", "cancelled")
@@ -41,8 +42,11 @@ Fields = Mapping[str, object]
 class Metrics:
     """One registry: events come by `sink`, answers by `on_answer`, gauges by `watch`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, databases_max: int = 0) -> None:
+        """`databases_max` databases get series of their own."""
         self.registry = CollectorRegistry()
+        self.freshness = FreshnessCollector(databases_max=databases_max)
+        self.registry.register(self.freshness)
         self._http_children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._catalogue()
         self._handlers: Mapping[str, Callable[[Fields], None]] = {

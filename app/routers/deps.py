@@ -6,7 +6,7 @@ from fastapi import Path, Query, Request
 
 from app.container import Container, Readiness, Services
 from app.core.base.clock import Clock
-from app.core.base.errors import InvalidRequest, NotReady
+from app.core.base.errors import BopError, FatalError, InvalidRequest, NotReady
 from app.core.base.events import Events
 from app.core.base.ids import is_name
 from app.observability.metrics import Metrics
@@ -81,6 +81,15 @@ class Desk:
         if self._container is None:
             return Readiness(status="starting", reasons=["the service is opening"], degraded=[])
         return self._container.readiness()
+
+    async def look_at_freshness(self) -> None:
+        """For the next scrape. One that cannot be had leaves the last: a scrape always answers."""
+        if self._container is None:
+            return
+        try:
+            self.metrics.freshness.show(await self._container.services.freshness.look())
+        except (BopError, FatalError) as error:
+            self.events.warning("metrics.freshness_unknown", detail=str(error))
 
     def open(self, container: Container, spool: Spool) -> None:
         self._container, self._spool = container, spool

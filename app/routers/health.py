@@ -57,5 +57,7 @@ async def readyz(request: Request, response: Response) -> ReadinessView:
 )
 @open_to_all
 async def metrics(request: Request) -> Response:
-    body, media_type = desk_of(request).metrics.exposition(request.headers.get("accept", ""))
+    desk = desk_of(request)
+    await desk.look_at_freshness()
+    body, media_type = desk.metrics.exposition(request.headers.get("accept", ""))
     return Response(body, headers={"Content-Type": media_type})

@@ -6,6 +6,7 @@ import msgspec
 
 from app.core.base.errors import ApprovalNotFound, LeaseNotFound, SelfApproval
 from app.core.services.audit import ActionEnd, AdminAction
+from app.core.services.freshness import DatabaseFreshness
 from app.core.stores.manifest.admin_records import ApprovalRecord, AuditRecord
 
 NOW_US = 1_763_931_900_000_000
@@ -94,3 +95,14 @@ class FakeApprovals:
 
 def _decided(row: ApprovalRecord, state: Any, principal: str) -> ApprovalRecord:
     return msgspec.structs.replace(row, state=state, decided_by=principal, decided_at_us=NOW_US)
+
+
+class FakeFreshness:
+    def __init__(self) -> None:
+        self.seen: list[DatabaseFreshness] = []
+        self.failing: Exception | None = None
+
+    async def look(self) -> list[DatabaseFreshness]:
+        if self.failing is not None:
+            raise self.failing
+        return self.seen

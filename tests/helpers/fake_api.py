@@ -35,6 +35,8 @@ class FakeApi:
         self.job_steps: dict[str, list[dict[str, Any]]] = {}
         self.changes: list[dict[str, Any]] = []
         self.leases: list[dict[str, Any]] = []
+        self.canned: dict[tuple[str, str], tuple[int, Any]] = {}
+        """Method and path to status and JSON: answers that need no memory."""
         self.generations: list[dict[str, Any]] = []
         self.snapshots: list[dict[str, Any]] = []
         self.findings: list[dict[str, str]] = []
@@ -131,6 +133,8 @@ class FakeApi:
             return httpx.Response(503 if self.reasons else 200, json=body)
         if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
             return problem(401, "unauthenticated")
+        if (known := self.canned.get((request.method, path))) is not None:
+            return httpx.Response(known[0], json=known[1])
         match request.method, path.strip("/").split("/"):
             case "GET", ["tenants", tenant, "databases"]:
                 found = [

@@ -56,7 +56,7 @@ from app.core.stores.manifest.records import (
     SnapshotRecord,
 )
 from app.settings import Settings
-from tests.helpers.fake_admin import FakeApprovals, FakeAudit
+from tests.helpers.fake_admin import FakeApprovals, FakeAudit, FakeFreshness
 
 
 @dataclass
@@ -168,6 +168,7 @@ class FakeService:
             idempotency=_Idempotency(self),
             approvals=FakeApprovals(),
             audit=FakeAudit(),
+            freshness=FakeFreshness(),
         )
         self.gauges = SimpleNamespace(
             queue_depth=lambda: 3.0,

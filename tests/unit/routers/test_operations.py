@@ -5,6 +5,7 @@ import pytest
 
 from app.container import Readiness
 from app.core.base.errors import StartRefused, StorageFailure
+from app.core.base.events import Events
 from app.core.stores.manifest.ops import AdvanceCheckpointed
 from app.core.stores.manifest.records import ChangeRecord
 from app.main import OrderlyServer
@@ -55,12 +56,12 @@ async def test_shutdown_is_begun_before_the_container_closes(tmp_path):
 
 
 async def test_the_server_ends_with_the_code_that_says_how(running: Running):
-    server = OrderlyServer(running.app, running.desk.settings)
+    server = OrderlyServer(running.app, running.desk.settings, events=Events())
     server.handle_exit(15, None)
     assert server.should_exit
     assert not server.failed
     assert server._captured_signals == []  # a signal that was asked for is not raised again
-    server = OrderlyServer(running.app, running.desk.settings)
+    server = OrderlyServer(running.app, running.desk.settings, events=Events())
     server.fail(StorageFailure("x"))
     assert server.should_exit
     assert server.failed

@@ -92,7 +92,7 @@ async def open_remote(
     clock: Clock,
     randomness: Randomness,
     events: Events,
-) -> RemoteStore:
+) -> Retrying:
     """Closed with the stack. Asks the store nothing: `probe` does. Raises StartRefused for a URL
     that cannot be one, RemoteUnavailable where a directory cannot be made.
     """

@@ -98,6 +98,10 @@ class ConcurrencyLimit:
     def in_flight(self) -> int:
         return self._in_flight
 
+    @property
+    def waiting(self) -> int:
+        return len(self._waiters)
+
     @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
         """Raises RemoteUnavailable at once when too many wait already; learns from how the block

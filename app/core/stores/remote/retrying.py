@@ -34,6 +34,10 @@ class Retrying(RemoteStore):
         self._retrier = retrier
         self._limit = limit
 
+    @property
+    def limit(self) -> ConcurrencyLimit:
+        return self._limit
+
     def __repr__(self) -> str:
         return f"<Retrying {self._inner!r}>"
 
