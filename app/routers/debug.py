@@ -20,7 +20,7 @@ from app.routers.operations_schemas import (
     ManifestStatsView,
     QuotaView,
 )
-from app.routers.paging import PageQuery, seen_only
+from app.routers.paging import NUMBER_MAX, PageQuery, seen_only
 from app.routers.route import ScopedRoute
 from app.routers.schemas import JobPage, JobView, plain
 
@@ -65,7 +65,9 @@ async def list_changes(
     page: PageQuery,
     request: Request,
     response: Response,
-    after: Annotated[int, Query(ge=0, description="The last sequence already seen.")] = 0,
+    after: Annotated[
+        int, Query(ge=0, lt=NUMBER_MAX, description="The last sequence already seen.")
+    ] = 0,
 ) -> ChangePage:
     """Committed changes of the catalogue, oldest first."""
     debugging, principal = services_of(request).debugging, principal_of(request)

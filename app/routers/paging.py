@@ -12,6 +12,7 @@ from app.core.base.errors import InvalidRequest
 
 LIMIT_DEFAULT = 100
 LIMIT_MAX = 1000
+NUMBER_MAX = 2**63
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -88,9 +89,27 @@ def decode_cursor(text: str, kind: type[K]) -> K:
     """Raises InvalidRequest."""
     try:
         raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-        return msgspec.json.decode(raw, type=kind)
+        return _checked(msgspec.json.decode(raw, type=kind))
     except (binascii.Error, ValueError, msgspec.MsgspecError) as error:
         raise InvalidRequest(
             "The cursor is not one that this list gave out.",
             errors=[{"loc": ["query", "cursor"], "msg": "Not a cursor", "type": "cursor"}],
         ) from error
+
+
+def _checked(key: K) -> K:
+    """Raises ValueError for what no key can be."""
+    if not _is_key(key):
+        raise ValueError("a number that no key has")
+    return key
+
+
+def _is_key(value: Any) -> bool:
+    """Numbers of keys have 64 bits and no sign."""
+    match value:
+        case tuple() | list():
+            return all(map(_is_key, value))
+        case int():
+            return 0 <= value < NUMBER_MAX
+        case _:
+            return True
