@@ -117,7 +117,7 @@ async def read_image(request: Request) -> Response:
     responses={
         status: {"description": answer["description"], "headers": answer.get("headers", {})}
         for status, answer in _RESPONSES.items()
-        if status not in {206, 416}
+        if status not in {206, 416, 422, 500, 503}
     },
 )
 @needs("read")
