@@ -1,0 +1,177 @@
+"""What the service's answers mean for who follows a database."""
+
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app.client import BopClient, ProblemError, RetryPolicy
+from app.replication.plan import Limits, Position
+from app.replication.replica import GAPS_MAX, Refused, Replica, Target
+from app.replication.wal_index import Log
+
+FRAME = 4096 + 24
+LOG = Log(salts=(7, 70), page_size=4096, frames=40, page_count=9, checksums=(1, 2), backfilled=0)
+LIMITS = Limits(request_bytes=2 * FRAME, request_bytes_max=8 * FRAME)
+
+
+def at(frames):
+    return 32 + frames * FRAME
+
+
+class Service:
+    def __init__(self):
+        self.answers = []
+
+    def __call__(self, request):
+        return self.answers.pop(0)
+
+
+def stored(frames, *, before):
+    new = frames > before
+    return httpx.Response(
+        200,
+        json={
+            "accepted_offset": at(frames) if frames else 0,
+            "salt1": 7,
+            "salt2": 70,
+            "first_lsn": before + 1 if new else None,
+            "last_lsn": frames if new else None,
+            "frames": frames - before,
+            "commits": int(new),
+            "page_count": 9,
+        },
+    )
+
+
+def problem(status, code, **extras):
+    headers = {"Content-Type": "application/problem+json"}
+    if "retry_after" in extras:
+        headers["Retry-After"] = extras.pop("retry_after")
+    body = {"code": code, "status": status, "title": code, "detail": f"{code}!", **extras}
+    return httpx.Response(status, json=body, headers=headers)
+
+
+@pytest.fixture
+def service():
+    return Service()
+
+
+@pytest.fixture
+def told():
+    return []
+
+
+@pytest.fixture
+async def replica(service, told):
+    client = BopClient(
+        "http://bop.test",
+        transport=httpx.MockTransport(service),
+        retry=RetryPolicy(attempts_max=1),
+    )
+    async with client:
+        target = Target(path=Path("a.db"), tenant="acme", database="a")
+        replica = Replica(target, client, tell=told.append, limits=LIMITS)
+        replica.position = replica.confirmed = Position(last_lsn=4, salts=LOG.salts, offset=at(4))
+        yield replica
+
+
+async def send(replica):
+    offset = replica.position.offset
+    end = replica.request_end(LOG, offset, LOG.end)
+    is_new = await replica.send_wal(
+        b"frames", offset=offset, end=end, log_end=LOG.end, after_lsn=None
+    )
+    return (end - at(0)) // FRAME, is_new
+
+
+async def judged(replica, *, was_image=False):
+    """What is made of a refusal."""
+    with pytest.raises(ProblemError) as caught:
+        await send(replica)
+    replica.judge(caught.value, page_size=4096, was_image=was_image)
+
+
+async def test_requests_grow_with_a_transaction_and_shrink_behind_it(replica, service):
+    service.answers = [
+        stored(0, before=0),  # no commit within frames 4 to 6: 0 is "nothing of this log yet"
+        stored(4, before=4),
+        stored(12, before=4),
+        stored(14, before=12),
+    ]
+    assert await send(replica) == (6, False)
+    assert await send(replica) == (8, False)
+    assert await send(replica) == (12, True)
+    assert replica.position.offset == at(12)
+    assert await send(replica) == (14, True)
+    assert replica.status.sent_bytes == 10 * FRAME
+
+
+async def test_a_transaction_that_no_request_holds_means_an_image(replica, service):
+    service.answers = [stored(4, before=4) for _ in range(2 + GAPS_MAX)]
+    for frames in (6, 8, 12, 12, 12):
+        assert replica.image_reason is None
+        assert await send(replica) == (frames, False)
+    assert replica.image_reason == "the service takes no frame of the log"
+
+
+async def test_an_answer_that_does_not_come_leaves_the_place_unknown(replica, service):
+    service.answers = [problem(503, "not_ready", retry_after="7")]
+    await judged(replica)
+    assert replica.position is None
+    assert replica.confirmed.offset == at(4), "at least that"
+    assert replica.is_away
+    assert 6 < replica.away_seconds <= 7
+    assert replica.status.away
+
+
+async def test_what_the_service_is_back_with_counts(replica, service, told):
+    replica.go_away("so")
+    described = {
+        "tenant": "acme", "database": "a", "db_id": 1, "engine": "libsql", "page_size": 4096,
+        "chunk_bytes": 65536, "compression": "zstd", "state": "active", "generation": 0,
+        "first_lsn": 1, "next_lsn": 10, "checkpointed_lsn": 0, "page_count": 9, "wal_bytes": 0,
+        "created_at": "2026-01-01T00:00:00Z", "forked_from": None,
+        "health": {"state": "ok", "lost_from_lsn": None},
+    }  # fmt: skip
+    place = {"last_lsn": 9, "offset": at(9), "salt1": 7, "salt2": 70}
+    service.answers = [
+        httpx.Response(200, json=described),
+        httpx.Response(200, json=described),
+        problem(409, "wal_gap", **place, checksum1=3, checksum2=4),
+    ]
+    await replica.ask_position(LOG)
+    assert replica.position == Position(last_lsn=9, salts=LOG.salts, offset=at(9), checksums=(3, 4))
+    assert not replica.is_away
+    assert [event.event for event in told] == ["service_away", "service_back"]
+
+
+async def test_gaps_without_end_mean_an_image(replica, service):
+    place = {"last_lsn": 4, "offset": at(4), "salt1": 7, "salt2": 70}
+    sums = {"checksum1": 3, "checksum2": 4}
+    service.answers = [problem(409, "wal_gap", **place, **sums) for _ in range(GAPS_MAX)]
+    for _ in range(GAPS_MAX):
+        assert replica.image_reason is None
+        await judged(replica)
+    assert replica.image_reason == "the service refuses to go on where it says it is"
+
+
+@pytest.mark.parametrize("code", ["wal_invalid", "transaction_too_large", "body_too_large"])
+async def test_a_log_that_is_not_taken_means_an_image(replica, service, code):
+    service.answers = [problem(413, code), problem(413, code)]
+    await judged(replica)
+    assert replica.image_reason is not None
+    replica.position = replica.confirmed
+    with pytest.raises(Refused):
+        await judged(replica, was_image=True)
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(403, "forbidden"), (409, "page_size_mismatch"), (409, "wal_lost"), (404, "not_found")],
+)
+async def test_what_asking_again_does_not_change_is_refused(replica, service, status, code):
+    service.answers = [problem(status, code)]
+    with pytest.raises(Refused) as caught:
+        await judged(replica)
+    assert caught.value.code == code
