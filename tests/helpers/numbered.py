@@ -38,12 +38,12 @@ async def append(client: httpx.AsyncClient, count: int, **headers: str) -> dict[
     return answer.json()
 
 
-async def readable(client: httpx.AsyncClient) -> list[int]:
+async def readable(client: httpx.AsyncClient, path: str = LOG) -> list[int]:
     """Every readable LSN, over gaps; each record is checked to be its LSN's."""
-    database = (await client.get(LOG)).json()
+    database = (await client.get(path)).json()
     at, end, found = database["first_lsn"], database["next_lsn"], []
     while at < end:
-        answer = await client.get(f"{LOG}/records?from_lsn={at}")
+        answer = await client.get(f"{path}/records?from_lsn={at}")
         assert answer.status_code == 200, answer.text
         records = unframe(answer.content)
         if records:

@@ -1,6 +1,9 @@
 """Truncations end to end: the real service, its restarts, its losses."""
 
+import shutil
+
 from app.core.formats.record_framing import pack_records
+from tests.conftest import MakeServer
 from tests.helpers.numbered import (
     LOG,
     NAMES,
@@ -12,10 +15,13 @@ from tests.helpers.numbered import (
     rebuild_from_bucket,
     span,
     stop_and_check,
+    truncate,
     truncated,
 )
 from tests.helpers.server import ServerProcess
 from tests.helpers.workload import RECORDS
+
+COPY = "/tenants/acme/databases/copy"
 
 
 async def test_a_tail_over_wal_and_chunk(server: ServerProcess):
@@ -90,6 +96,9 @@ async def test_the_whole_wal_dropped_leaves_nothing_unpublished(server: ServerPr
     assert await readable(client) == []
     answer = await client.get(f"{LOG}/records?from_lsn=1")
     assert (answer.content, answer.headers["Bop-Next-Lsn"]) == (b"", "11")
+
+    await server.restart()
+    client = server.client
     again = await client.post(
         f"{LOG}/records",
         content=pack_records([b"%d" % lsn for lsn in span(1, 10)]),
@@ -103,8 +112,7 @@ async def test_the_whole_wal_dropped_leaves_nothing_unpublished(server: ServerPr
         headers={"Content-Type": "application/octet-stream", "If-Match": '"11"'},
     )
     assert matched.json()["first_lsn"] == 11
-    await server.restart()
-    assert await readable(server.client) == [11]
+    assert await readable(client) == [11]
     await stop_and_check(server)
 
 
@@ -192,3 +200,61 @@ async def test_the_same_key_truncates_once(server: ServerProcess):
     listed = (await client.get("/truncations", params={"database": "log"})).json()["items"]
     assert [job["id"] for job in listed] == [first.json()["id"]]
     assert (await client.get(f"/checkpoints/{first.json()['id']}")).status_code == 404
+
+
+async def test_snapshots_and_forks_are_named_and_left_alone(server: ServerProcess):
+    client = server.client
+    await create(client)
+    for _ in range(2):
+        await append(client, 10)
+        await checkpoint(client)
+    assert (await client.post(f"{LOG}/snapshots", json={"name": "keep"})).status_code == 201
+    assert (await client.post(f"{LOG}/forks", json={"database": "copy"})).status_code == 201
+
+    async def pinned_by(direction: str, lsn: int) -> list[str]:
+        job = await ended(client, await truncate(client, direction, lsn))
+        assert (job["state"], job["error"]["code"]) == ("failed", "snapshot_pinned")
+        return job["error"]["names"]
+
+    assert await pinned_by("head", 11) == ["acme/copy", "keep"]
+    assert await pinned_by("tail", 15) == ["acme/copy", "keep"]
+    assert (await client.delete(f"{LOG}/snapshots/keep")).status_code == 204
+    assert await pinned_by("head", 11) == ["acme/copy"]
+    assert await readable(client) == span(1, 20)
+
+    copy = {**NAMES, "database": "copy", "direction": "tail", "lsn": 15}
+    job = await ended(client, (await client.post("/truncations", json=copy)).json()["id"])
+    assert job["state"] == "completed", job
+    assert await readable(client, COPY) == span(1, 14)
+    assert await readable(client) == span(1, 20)
+    deleted = await client.delete(COPY)
+    assert (await ended(client, deleted.json()["id"]))["state"] == "completed"
+    assert (await truncated(client, "head", 11))["first_lsn"] == 11
+    assert await readable(client) == span(11, 20)
+    await stop_and_check(server)
+
+
+async def test_blobs_of_what_was_dropped_are_collected(make_server: MakeServer):
+    """The blob of a chunk that was cut stays as long as a row of it does."""
+    server = make_server(settings={"BOP_GC_GRACE_SECONDS": "0"})
+    await server.start()
+    client = server.client
+    await create(client)
+    keys = []
+    for _ in range(3):
+        await append(client, 10)
+        keys.append((await checkpoint(client))["result"]["chunks"][0]["blob_key"])
+    await truncated(client, "head", 11)
+    await truncated(client, "tail", 25)
+    retention = {"keep_generations": None, "keep_seconds": None, "minimum_generations": 1}
+    assert (await client.patch(LOG, json={"retention": retention})).status_code == 200
+    for _ in range(2):
+        assert (await client.post("/admin/gc/run", json={})).status_code == 200
+    remote = server.data_dir / "remote"
+    assert [(remote / key).exists() for key in keys] == [False, True, True]
+    shutil.rmtree(server.data_dir / "hot_cache")
+    await server.restart()
+    assert await readable(server.client) == span(11, 24)
+    await rebuild_from_bucket(server)
+    assert await readable(server.client) == span(11, 24)
+    await stop_and_check(server)
