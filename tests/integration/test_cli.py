@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 import signal
+import sqlite3
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,3 +288,41 @@ def processes_of(place: Path) -> list[int]:
         except OSError:
             continue  # gone, or another user's
     return found
+
+
+async def test_a_snapshot_a_fork_and_what_restore_makes_of_them(cli: Cli, tmp_path: Path):
+    source = tmp_path / "app.db"
+    with sqlite3.connect(source) as connection:
+        connection.execute("CREATE TABLE t (n)")
+        connection.execute("INSERT INTO t VALUES (1)")
+    connection.close()
+
+    async def send() -> bytes:
+        content = source.read_bytes()
+        path = "/tenants/acme/databases/app/image"
+        answer = await cli.server.client.put(path, content=content)
+        assert answer.status_code == 200, answer.text
+        assert (await cli("checkpoint", "acme/app", "--wait")).exit_code == 0
+        return content
+
+    await cli.json("databases", "create", "acme/app", "--engine", "libsql")
+    before = await send()
+    made = await cli.json("snapshots", "create", "acme/app", "before")
+    assert (made["name"], made["generation"]) == ("before", 1)
+    with sqlite3.connect(source) as connection:
+        connection.execute("INSERT INTO t VALUES (2)")
+    connection.close()
+    after = await send()
+    restored = tmp_path / "restored.db"
+    ran = await cli("restore", "acme/app", "-o", str(restored), "--snapshot", "before")
+    assert ran.exit_code == 0, ran.stderr
+    assert restored.read_bytes() == before
+    fork = await cli.json("fork", "acme/app", "copy")
+    assert fork["forked_from"] == {"tenant": "acme", "database": "app", "generation": 2}
+    ran = await cli("restore", "acme/copy", "-o", str(restored), "--force")
+    assert ran.exit_code == 0, ran.stderr
+    assert restored.read_bytes() == after
+    kept = await cli.json("databases", "update", "acme/app", "--minimum-generations", "3")
+    assert kept["retention"]["minimum_generations"] == 3
+    assert (await cli("snapshots", "delete", "acme/app", "before")).exit_code == 0
+    assert (await cli.json("snapshots", "list", "acme/app")) == {"items": []}

@@ -107,3 +107,32 @@ async def test_kill_while_chunks_are_merged(make_server: MakeServer, name: str):
     assert await read(server.client) == written
     assert await server.terminate() == 0, server.log_tail()
     await assert_clean(server)
+
+
+async def test_a_fork_merges_only_what_is_its_own(make_server: MakeServer):
+    """Merging what it has of its parent would copy it."""
+    server = make_server()
+    await server.start()
+    client, fork = server.client, "/tenants/acme/databases/fork"
+    await create(client, chunk_bytes=CHUNK_BYTES)
+    inherited = await write_slowly(server, rounds=3)
+    await settled(server)
+    answer = await client.post(f"{LOG}/forks", json={"database": "fork"})
+    assert answer.status_code == 201, answer.text
+    before = len(await coalesced(server))
+    own: list[bytes] = []
+    for number in range(ROUNDS):
+        batch = [b"%04d-%d " % (number, n) * 60 for n in range(3)]
+        await append(client, batch, fork)
+        await checkpoint(client, "fork")
+        own += batch
+    await settled(server)
+    jobs = [job for job in await coalesced(server) if job["database"] == "fork"]
+    assert len(jobs) == len(await coalesced(server)) - before > 0
+    assert {job["state"] for job in jobs} == {"completed"}, jobs
+    merged = [chunk["blob_key"] for job in jobs for chunk in job["result"]["chunks"]]
+    assert all(key.startswith("checkpoints/acme/fork/") for key in merged)
+    assert await read(client, fork) == inherited + own
+    assert await read(client) == inherited
+    assert await server.terminate() == 0, server.log_tail()
+    await assert_clean(server)

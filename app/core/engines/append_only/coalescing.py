@@ -82,10 +82,13 @@ def merge_of(run: Sequence[ChunkRecord]) -> MergeChunks:
 
 
 def _neighbours(chunks: Sequence[ChunkRecord], *, db_id: int) -> Iterator[list[ChunkRecord]]:
-    """Runs of chunks that could be one, whatever their sizes."""
+    """Runs of chunks that could be one, whatever their sizes. What a fork has of its parent stays:
+    merging it would copy it.
+    """
     run: list[ChunkRecord] = []
     for row in chunks:
-        is_whole = row.db_id == db_id and row.blob is not None and row.visible_last == row.last
+        own = (row.origin_db_id or row.db_id) == db_id
+        is_whole = own and row.blob is not None and row.visible_last == row.last
         if run and not (is_whole and row.first == run[-1].last + 1):
             yield run
             run = []

@@ -184,8 +184,10 @@ def has_recovered(view: ManifestView, db_id: int) -> bool:
     database = view.database(db_id)
     if database is None or database.health != "unhealthy_generation":
         return False
-    blobs = [row.blob for row in view.chunk_rows(db_id) if row.blob is not None]
-    blobs += [row.blob for row in view.delta_rows(db_id)]
+    newest = database.generation  # a fork's own rows are not all that it reads
+    chunks = [*view.chunk_rows(db_id), *view.chunk_view(db_id, newest)]
+    blobs = [row.blob for row in chunks if row.blob is not None]
+    blobs += [row.blob for row in (*view.delta_rows(db_id), *view.delta_view(db_id, newest))]
     records = (view.verification(blob.key) for blob in blobs)
     return all(record is None or record.outcome not in _BAD for record in records)
 

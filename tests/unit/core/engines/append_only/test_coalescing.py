@@ -66,7 +66,7 @@ def test_gaps_cuts_drops_and_inherited_chunks_are_not_crossed():
         {"first": apart[1].first + 1},
         {"visible_last": apart[1].last - 1},
         {"blob": None},
-        {"db_id": 3},
+        {"db_id": 7, "origin_db_id": 3},
     ):
         assert picked([apart[0], msgspec.structs.replace(apart[1], **changes)]) == [], changes
 
