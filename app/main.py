@@ -192,6 +192,8 @@ def gauges_of(container: Container, desk: Desk) -> dict[str, Callable[[], float]
         "hot_cache_bytes": gauges.hot_cache_bytes,
         "page_cache_bytes": gauges.page_cache_bytes,
         "cold_scans_active": gauges.cold_scans,
+        "gc_queue_blobs": gauges.gc_queue,
+        "gc_lag_seconds": gauges.gc_lag_seconds,
         "body_memory_bytes": lambda: desk.memory.used_bytes,
         "service_ready": lambda: desk.readiness().status == "ready",
         "service_degraded": lambda: len(desk.readiness().degraded),

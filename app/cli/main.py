@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from app.cli import (
     approvals,
     cold_scan,
+    collection,
     databases,
     demo,
     generation_jobs,
@@ -144,6 +145,7 @@ app.command("generations", rich_help_panel="Checkpoints")(history.list_generatio
 app.add_typer(history.snapshots, name="snapshots", rich_help_panel="Checkpoints")
 app.command("fork", rich_help_panel="Checkpoints")(history.fork)
 databases.app.command("update")(history.update)
+databases.app.command("delete")(collection.delete_database)
 app.add_typer(jobs.app, name="jobs", rich_help_panel="Checkpoints")
 operations.leases.command("release")(approvals.release_lease)
 operations.manifest.command("backup")(approvals.backup)
@@ -154,6 +156,7 @@ app.add_typer(operations.leases, name="leases", rich_help_panel="Operations")
 app.add_typer(limits.flags, name="flags", rich_help_panel="Operations")
 app.add_typer(limits.quota, name="quota", rich_help_panel="Operations")
 app.add_typer(upkeep.queue, name="queue", rich_help_panel="Operations")
+app.command("gc", rich_help_panel="Operations")(collection.gc)
 app.command("janitor", rich_help_panel="Operations")(upkeep.janitor)
 app.command("verify", rich_help_panel="Operations")(generation_jobs.verify)
 app.command("download", rich_help_panel="Operations")(generation_jobs.download)

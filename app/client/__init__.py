@@ -18,6 +18,7 @@ import httpx
 from app.client.admin import Admin
 from app.client.calls import Calls, RetryPolicy, Timeouts
 from app.client.cold_scans import ColdScans, ScanRequest
+from app.client.collection import Collection
 from app.client.databases import Databases
 from app.client.failures import (
     ClientError,
@@ -115,6 +116,7 @@ class BopClient:
         self.limits = Limits(calls)
         self.upkeep = Upkeep(calls)
         self.admin = Admin(calls)
+        self.collection = Collection(calls)
 
     async def __aenter__(self) -> Self:
         await self._http.__aenter__()

@@ -11,6 +11,7 @@ from app.core.retention.expiry import Expiry
 from app.core.retention.orphans import OrphanSweep
 from app.core.retention.policy_pass import RetentionPass
 from app.core.retention.removal import DatabaseRemoval
+from app.core.stores.local.hot_cache import HotCache
 from app.core.stores.remote.protocol import RemoteStore
 from app.core.stores.wal.store import WalStore
 from app.core.workers.collector import Collector
@@ -29,6 +30,7 @@ def collection_parts(
     *,
     wal: WalStore,
     pins: GenerationPins,
+    hot_cache: HotCache,
     remote: Callable[[], RemoteStore],
     events: Events,
 ) -> CollectionParts:
@@ -39,7 +41,14 @@ def collection_parts(
     collector = Collector(
         manifest,
         retention=RetentionPass(manifest, expiry, removal),
-        blobs=BlobCollector(manifest, remote, ground.ownership, events=events, grace_us=grace_us),
+        blobs=BlobCollector(
+            manifest,
+            remote,
+            ground.ownership,
+            local=hot_cache,
+            events=events,
+            grace_us=grace_us,
+        ),
         orphans=OrphanSweep(manifest, remote),
         clock=clock,
         events=events,

@@ -84,6 +84,8 @@ class Gauges:
     hot_cache_bytes: Callable[[], float]
     page_cache_bytes: Callable[[], float]
     cold_scans: Callable[[], float]
+    gc_queue: Callable[[], float]
+    gc_lag_seconds: Callable[[], float]
 
 
 class RemoteHealth:

@@ -332,7 +332,13 @@ async def _open_work(
     parts = _checkpoint_parts(ground, storage, claim, events=events)
     limits = _checkpoint_limits(settings)
     collection = collection_parts(
-        settings, ground, wal=storage.wal, pins=storage.pins, remote=claim.remote, events=events
+        settings,
+        ground,
+        wal=storage.wal,
+        pins=storage.pins,
+        hot_cache=storage.hot_cache,
+        remote=claim.remote,
+        events=events,
     )
     handlers: dict[JobKind, JobHandler] = {
         "create_checkpoint": PublishChunks(
@@ -578,4 +584,6 @@ def _gauges(storage: _Storage, work: _Work) -> Gauges:
         hot_cache_bytes=lambda: storage.hot_cache.stats().used_bytes,
         page_cache_bytes=lambda: storage.page_cache.stats().used_bytes,
         cold_scans=lambda: storage.limiter.active_scans,
+        gc_queue=work.collector.waiting,
+        gc_lag_seconds=work.collector.lag_seconds,
     )

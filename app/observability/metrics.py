@@ -63,6 +63,10 @@ class Metrics:
             "verification.checked": self._on_blob_verified,
             "cold_scan.measured": self._on_cold_scan_measured,
             "cold_scan.paused": lambda _: self.cold_scan_pauses_total.inc(),
+            "collection.expired": self._on_expired,
+            "collection.collected": self._on_collected,
+            "collection.failed": lambda _: self.gc_failures_total.inc(),
+            "collection.paused": lambda _: self.gc_pauses_total.inc(),
             "manifest.committed": self._on_manifest_committed,
             "manifest.map_full": lambda _: self.manifest_write_errors_total.inc(),
             "manifest.disk_full": lambda _: self.manifest_write_errors_total.inc(),
@@ -153,6 +157,7 @@ class Metrics:
             TIERS,
         )
         self._catalogue_of_stores()
+        self._catalogue_of_collection()
         self._catalogue_of_http()
         self._gauges = {
             name: Gauge(name, text, registry=self.registry)
@@ -163,6 +168,8 @@ class Metrics:
                 ("hot_cache_bytes", "Bytes of blobs kept on the local disk."),
                 ("page_cache_bytes", "Bytes of pages kept in memory."),
                 ("cold_scans_active", "Cold scans that are open."),
+                ("gc_queue_blobs", "Retired objects that are not deleted yet."),
+                ("gc_lag_seconds", "How long the oldest retired object is overdue."),
                 ("body_memory_bytes", "Memory that request bodies hold."),
                 ("service_ready", "1 while the service is ready."),
                 ("service_degraded", "Parts that fail while the service goes on."),
@@ -218,6 +225,29 @@ class Metrics:
         )
         self.wal_appended_bytes_total = self._counter(
             "wal_appended_bytes_total", "Bytes made durable in the WAL."
+        )
+
+    def _catalogue_of_collection(self) -> None:
+        self.gc_expired_generations_total = self._counter(
+            "gc_expired_generations_total", "Generations that retention or a deletion took out."
+        )
+        self.gc_retired_blobs_total = self._counter(
+            "gc_retired_blobs_total", "Objects that lost the last row that named them."
+        )
+        self.gc_retired_bytes_total = self._counter(
+            "gc_retired_bytes_total", "Bytes of blobs that lost the last row that named them."
+        )
+        self.gc_deleted_blobs_total = self._counter(
+            "gc_deleted_blobs_total", "Objects that the collector deleted."
+        )
+        self.gc_deleted_bytes_total = self._counter(
+            "gc_deleted_bytes_total", "Bytes of blobs that the collector deleted."
+        )
+        self.gc_failures_total = self._counter(
+            "gc_failures_total", "Objects that could not be deleted, and rounds that failed."
+        )
+        self.gc_pauses_total = self._counter(
+            "gc_pauses_total", "Times that a jump of the wall clock stopped collection."
         )
 
     def _catalogue_of_http(self) -> None:
@@ -315,6 +345,16 @@ class Metrics:
     def _on_cold_scan_measured(self, fields: Fields) -> None:
         if (rate := _number(fields.get("bytes_per_second"))) is not None:
             self.cold_scan_bandwidth_bytes.observe(rate)
+
+    def _on_expired(self, fields: Fields) -> None:
+        self.gc_expired_generations_total.inc(_number(fields.get("generations")) or 0)
+        self.gc_retired_blobs_total.inc(_number(fields.get("blobs")) or 0)
+        self.gc_retired_bytes_total.inc(_number(fields.get("bytes")) or 0)
+
+    def _on_collected(self, fields: Fields) -> None:
+        self.gc_deleted_blobs_total.inc(_number(fields.get("blobs")) or 0)
+        self.gc_deleted_bytes_total.inc(_number(fields.get("bytes")) or 0)
+        self.gc_failures_total.inc(_number(fields.get("failed")) or 0)
 
     def _on_manifest_committed(self, fields: Fields) -> None:
         if (seconds := _number(fields.get("seconds"))) is not None:

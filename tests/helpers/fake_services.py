@@ -177,6 +177,8 @@ class FakeService:
             hot_cache_bytes=lambda: 0.0,
             page_cache_bytes=lambda: 0.0,
             cold_scans=lambda: 0.0,
+            gc_queue=lambda: 0.0,
+            gc_lag_seconds=lambda: 0.0,
         )
 
     # --- the container's part

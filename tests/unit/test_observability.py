@@ -178,6 +178,10 @@ def test_events_become_metrics():
     events.error("manifest.map_full")
     events.error("manifest.failed")
     events.debug("wal.flushed", seconds=0.001, bytes=4096)
+    events.info("collection.expired", db_id=1, generations=2, rows=3, blobs=4, bytes=50)
+    events.info("collection.collected", doomed=1, kept=0, blobs=3, bytes=40, failed=1)
+    events.warning("collection.failed", code="remote_unavailable")
+    events.error("collection.paused")
     events.info("something.else", seconds="not a number")
     for outcome in ("published", "no_changes", "failed", "cancelled"):
         assert sample(metrics, "checkpoints_total", outcome=outcome) == 1, outcome
@@ -198,6 +202,13 @@ def test_events_become_metrics():
     assert sample(metrics, "remote_bytes_written_total") == 5
     assert sample(metrics, "manifest_commit_seconds_count") == 1
     assert sample(metrics, "manifest_write_errors_total") == 2
+    assert sample(metrics, "gc_expired_generations_total") == 2
+    assert sample(metrics, "gc_retired_blobs_total") == 4
+    assert sample(metrics, "gc_retired_bytes_total") == 50
+    assert sample(metrics, "gc_deleted_blobs_total") == 3
+    assert sample(metrics, "gc_deleted_bytes_total") == 40
+    assert sample(metrics, "gc_failures_total") == 2
+    assert sample(metrics, "gc_pauses_total") == 1
     assert sample(metrics, "wal_flush_seconds_count") == 1
     assert sample(metrics, "wal_appended_bytes_total") == 4096
 

@@ -18,11 +18,16 @@ from app.core.stores.manifest.ops import DoomBlob, ForgetBlob, ManifestBatch, Un
 from app.core.stores.manifest.records import GcRecord
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.manifest.view import ManifestView
+from app.core.stores.remote.keys import ChunkKey, DeltaKey, parse_key
 from app.core.stores.remote.protocol import RemoteStore
 
 DUE_AT_ONCE = 1000
 """As many as one request deletes."""
 RETRY_US = 60 * 1_000_000
+
+
+class LocalCopies(Protocol):
+    async def forget(self, sha256: str) -> None: ...
 
 
 class Ownership(Protocol):
@@ -47,12 +52,14 @@ class BlobCollector:
         remote: Callable[[], RemoteStore],
         ownership: Ownership,
         *,
+        local: LocalCopies,
         events: Events,
         grace_us: int,
     ) -> None:
         self._manifest = manifest
         self._remote = remote
         self._ownership = ownership
+        self._local = local
         self._events = events
         self._grace_us = grace_us
 
@@ -118,6 +125,12 @@ class BlobCollector:
             )
         )
         failpoints.fp("collect.after_forget")
+        for row in gone:
+            match parse_key(row.key):
+                case ChunkKey(sha256_hex=sha256) | DeltaKey(sha256_hex=sha256):
+                    await self._local.forget(sha256)
+                case _:
+                    pass
         collected.deleted += len(gone)
         collected.deleted_bytes += sum(row.bytes for row in gone)
         collected.failed += len(failed)

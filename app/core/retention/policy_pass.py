@@ -40,21 +40,38 @@ class RetentionPass:
         """With `everything`, databases that are not known to be due are looked at as well."""
         if everything:
             self._seen.clear()
-        databases, families, busy, pinned = await self._manifest.read_in_thread(_load)
+        databases, _, _, pinned = await self._manifest.read_in_thread(_load)
         removed = Removed()
         for record in databases:
             if record.state != "tombstoned":
                 pins = pinned.get(record.db_id, frozenset())
                 removed.add(await self._judge(record, now_us, pins))
-        for db_id in self._changed(databases, families):
-            deleted = next(one for one in databases if one.db_id == db_id).state == "tombstoned"
-            if deleted and db_id in busy:  # its own job does it, once those before have ended
-                self._families.pop(db_id, None)
-                continue
-            part = await (self._removal.remove(db_id) if deleted else self._expiry.sweep(db_id))
-            removed.add(part)
-            if not part.finished:
-                self._families.pop(db_id, None)  # again in the next round
+        removed.add(await self._let_go())
+        return removed
+
+    async def _let_go(self) -> Removed:
+        """Of what forks held, until nothing changes: a deleted fork that goes may let go of the
+        last rows of its parent.
+        """
+        removed = Removed()
+        later: set[int] = set()
+        while True:
+            databases, families, busy, _ = await self._manifest.read_in_thread(_load)
+            deleted = {one.db_id for one in databases if one.state == "tombstoned"}
+            changed = [one for one in self._changed(databases, families) if one not in later]
+            for db_id in changed:
+                if db_id in deleted & busy:  # its own job does it, once those before have ended
+                    later.add(db_id)
+                    continue
+                take = self._removal.remove if db_id in deleted else self._expiry.sweep
+                part = await take(db_id)
+                removed.add(part)
+                if not part.finished:
+                    later.add(db_id)
+            if not changed:
+                break
+        for db_id in later:
+            self._families.pop(db_id, None)  # again in the next round
         return removed
 
     async def _judge(self, record: DatabaseRecord, now_us: int, pinned: frozenset[int]) -> Removed:

@@ -15,8 +15,8 @@ from app.core.base.tasks import BlockingPool, for_each
 from app.core.checkpoint.generation_document import build_document, decode_document
 from app.core.coordination.quota import StorageQuota
 from app.core.formats.damage import Damage
+from app.core.services.fsck_collection import check_retired, index_differences
 from app.core.stores.local.scratch import ScratchStore
-from app.core.stores.manifest.derived import index_entries
 from app.core.stores.manifest.lineage import is_valid_at
 from app.core.stores.manifest.records import (
     ENDED_STATES,
@@ -285,7 +285,7 @@ def _load(view: ManifestView) -> _Manifest:
         differences=_replay_differences(
             changes, view.catalogue(), base=view.change_base(), trimmed_through=trimmed_through
         ),
-        index_differences=_index_differences(view),
+        index_differences=index_differences(view),
     )
 
 
@@ -320,27 +320,13 @@ def _replay_differences(
     ]
 
 
-def _index_differences(view: ManifestView) -> list[str]:
-    """Where the indexes that collection trusts are not what the rows say."""
-    expected: dict[str, set[bytes]] = {}
-    for record in view.all_databases():
-        rows: list[ChunkRecord | ChunkDeltaRecord] = [*view.chunk_rows(record.db_id)]
-        rows += view.delta_rows(record.db_id)
-        for row in rows:
-            for table, key in index_entries(row):
-                expected.setdefault(table, set()).add(key)
-    return [
-        f"{table}[{key.hex()}] {'is missing' if key in expected.get(table, ()) else 'has no row'}"
-        for table, found in view.derived_indexes().items()
-        for key in found ^ expected.get(table, set())
-    ]
-
-
 def _check_catalogue(seen: _Manifest, notes: _Notes) -> None:
     for record in seen.databases:
         generations = [row for row in seen.generations if row.db_id == record.db_id]
         where = f"{record.tenant}/{record.name}"
         notes.count("databases")
+        if record.state == "tombstoned":  # what forks need is left of it, and no generation
+            continue
         newest = generations[-1] if generations else None
         if newest is not None and newest.generation != record.generation:
             notes.add("I14", where, "the newest generation is not the database's")
@@ -349,14 +335,11 @@ def _check_catalogue(seen: _Manifest, notes: _Notes) -> None:
             notes.add("I3", where, "checkpointed_lsn says more than the bucket holds")
         rows = [row for row in seen.rows if row.db_id == record.db_id and row.blob is not None]
         _check_chunks(record, rows, notes)
-        _check_coverage(record, rows, seen.segments, notes)
+        _check_coverage(record, rows, seen, notes)
         _check_cuts(record, rows, seen.segments, notes)
         _check_deltas(record, seen, notes)
     _check_pins(seen, notes)
-    doomed = {row.key for row in seen.retired}
-    for row in seen.catalogue:
-        if row.blob is not None and row.superseded_at is None and row.blob.key in doomed:
-            notes.add("I8", row.blob.key, "a live blob is queued for collection")
+    check_retired(seen.retired, seen.catalogue, notes.add)
 
 
 def _check_pins(seen: _Manifest, notes: _Notes) -> None:
@@ -422,15 +405,20 @@ def _is_of(row: ChunkRecord | ChunkDeltaRecord, generation: GenerationRecord) ->
 def _check_coverage(
     record: DatabaseRecord,
     rows: Iterable[ChunkRecord],
-    segments: Iterable[WalSegmentRecord],
+    seen: _Manifest,
     notes: _Notes,
 ) -> None:
-    """Every covered segment's LSNs are in a chunk: WAL never goes before its data (I4)."""
+    """Every covered segment's LSNs are in a chunk: WAL never goes before its data (I4). The chunk
+    may be collected with its generation while a reader still holds the segment.
+    """
     if record.engine != "append_only":
         return
     covered = [(row.first, row.last) for row in rows]
-    for segment in segments:
+    retained = {row.generation for row in seen.generations if row.db_id == record.db_id}
+    for segment in seen.segments:
         if segment.db_id != record.db_id or segment.state != "checkpointed":
+            continue
+        if segment.covering_generation not in retained:
             continue
         if (segment.first_lsn, segment.last_lsn) not in covered:
             notes.add(

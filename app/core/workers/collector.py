@@ -15,7 +15,7 @@ from typing import Literal
 import msgspec
 
 from app.core.base.clock import Clock, wall_us
-from app.core.base.errors import BopError, FatalError, InternalError, NotReady
+from app.core.base.errors import BopError, NotReady
 from app.core.base.events import Events
 from app.core.retention.collection_time import META_NAME, CollectionTime, StoredTime, started
 from app.core.retention.collector import BlobCollector, Collected
@@ -88,17 +88,31 @@ class Collector:
         self._wake.set()
         return await answer
 
+    def waiting(self) -> int:
+        """Objects in the queue."""
+        with self._manifest.read() as view:
+            return view.gc_count()
+
+    def lag_seconds(self) -> float:
+        """How long the oldest of them is overdue."""
+        with self._manifest.read() as view:
+            oldest = view.gc_rows(limit=1)
+        if not oldest:
+            return 0.0
+        return max(wall_us(self._clock) - oldest[0].eligible_at_us, 0) / 1e6
+
     async def run(self) -> None:
+        due_at = self._clock.monotonic()
         try:
             while True:
-                while self._asked:
+                now = self._clock.monotonic()
+                if self._asked:
                     await self._answer(*self._asked.pop(0))
-                try:
-                    await self.round(RoundRequest())
-                except BopError as error:
-                    self._events.warning("collection.failed", code=error.code, detail=str(error))
-                self._heartbeat()
-                await self._wait()
+                elif now >= due_at:
+                    await self._round_by_itself()
+                    due_at = self._clock.monotonic() + self._interval_seconds
+                else:
+                    await self._wait(due_at - now)
         finally:
             for _, answer in self._asked:
                 if not answer.done():
@@ -110,11 +124,18 @@ class Collector:
         time = self._time or started(self._load(), wall_us=wall, monotonic=monotonic)
         return time.advanced(wall_us=wall, monotonic=monotonic).now_us
 
+    async def _round_by_itself(self) -> None:
+        try:
+            await self.round(RoundRequest())
+        except BopError as error:
+            self._events.warning("collection.failed", code=error.code, detail=str(error))
+        self._heartbeat()
+
     async def round(self, request: RoundRequest) -> RoundReport:
         """Raises RemoteUnavailable and NotReady where something is due that needs the store."""
         time = await self._advance(accept=request.accept_clock)
         if time.paused:
-            return RoundReport(time=time, waiting=self._waiting())
+            return RoundReport(time=time, waiting=self.waiting())
         now_us = time.now_us
         removed = await self._retention.run(now_us, everything=request.everything)
         orphans = None
@@ -131,35 +152,31 @@ class Collector:
             removed=removed,
             collected=collected,
             orphans=orphans,
-            waiting=self._waiting(),
+            waiting=self.waiting(),
         )
 
     async def _answer(self, request: RoundRequest, answer: "asyncio.Future[RoundReport]") -> None:
+        """Whatever comes of the round, who asked is told."""
+        failure: BopError = NotReady("The service is stopping.")
         try:
             report = await self.round(request)
         except BopError as error:
-            if not answer.done():
-                answer.set_exception(error)
-        except FatalError:
-            if not answer.done():
-                answer.set_exception(InternalError("The service has to end."))
-            raise
+            failure = error
         else:
             if not answer.done():
                 answer.set_result(report)
+        finally:
+            if not answer.done():
+                answer.set_exception(failure)
 
-    async def _wait(self) -> None:
-        if not self._asked:
-            try:
-                async with asyncio.timeout(self._interval_seconds):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass  # the next round is due
+    async def _wait(self, seconds: float) -> None:
+        """Until the next round is due, or one is asked for."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            return
         self._wake.clear()
-
-    def _waiting(self) -> int:
-        with self._manifest.read() as view:
-            return view.gc_count()
 
     async def _advance(self, *, accept: bool) -> CollectionTime:
         wall, monotonic = wall_us(self._clock), self._clock.monotonic()

@@ -299,6 +299,12 @@ class HotCache:
         if (entry := self._entries.get(sha256)) is not None:
             await self._drop_entry(sha256, entry)
 
+    async def forget(self, sha256: str) -> None:
+        """The blob was collected: its file goes unless someone reads it. Absent is fine."""
+        entry = self._entries.get(sha256)
+        if entry is not None and entry.pins == 0:
+            await uninterrupted(self._unlink(self._take_out([sha256])))
+
     async def _drop_entry(self, sha256: str, entry: _Entry) -> None:
         if self._entries.get(sha256) is entry:  # else another file has taken its place
             self._events.warning("hot_cache.dropped", sha256=sha256)

@@ -84,9 +84,15 @@ class Bench:
     def __init__(self, world: World, *, grace: int) -> None:
         self.world, self.store, self.remote, self.owner = world, world.store, Remote(), Owner()
         self.blobs = BlobCollector(
-            world.store, lambda: self.remote, self.owner, events=Events(), grace_us=grace * SECOND
-        )
+            world.store, lambda: self.remote, self.owner,
+            local=self, events=Events(), grace_us=grace * SECOND,
+        )  # fmt: skip
+        self.forgotten: list[str] = []
+        """Blobs whose local copies went."""
         self.orphans = OrphanSweep(world.store, lambda: self.remote)
+
+    async def forget(self, sha256: str) -> None:
+        self.forgotten.append(sha256)
 
     async def sweep(self, *, delete: bool = False, before: int = NOW) -> Any:
         return await self.orphans.run(modified_before_us=before, delete=delete, eligible_at_us=NOW)
@@ -215,6 +221,7 @@ async def test_an_upload_that_lands_after_its_collection_is_an_orphan(bench: Ben
     assert (await bench.sweep(delete=True)).orphans == []  # known now: it is queued
     await bench.blobs.collect(NOW)
     assert bench.remote.objects == {}
+    assert bench.forgotten == ["a" * 64] * 2
 
 
 async def test_what_is_known_young_or_foreign_is_no_orphan(bench: Bench) -> None:

@@ -132,8 +132,7 @@ class World:
             self.held.pop()[2]()
 
     async def settle(self) -> None:
-        for _ in range(self.count + 1):
-            await self.retention.run(self.now_us, everything=True)
+        await self.retention.run(self.now_us, everything=True)
 
     # --- what can be seen
 
