@@ -10,10 +10,12 @@ from app.core.formats.record_framing import pack_records
 from benchmarks.http_load import post, run_load
 from benchmarks.report import Result, at_least
 from benchmarks.service import free_port, running, service
+from benchmarks.turns import Side, against_bare, bare_api, in_turn
 
 MIB = 1024 * 1024
 RECORDS = "application/vnd.bop.records"
 PATH = "/tenants/bench/databases/log/records"
+ROUNDS = 4
 
 
 async def large(work: Path, *, appends: int = 160, connections: int = 4) -> Result:
@@ -42,23 +44,15 @@ async def small(work: Path, *, seconds: float = 6.0, connections: int = 64) -> R
     """200-byte records, one a request, one database."""
     body = pack_records([os.urandom(200)])
     request = post(PATH, body, content_type=RECORDS)
-    rates: dict[str, list[float]] = {"bare": [], "ours": []}
-    for _ in range(2):  # both twice, in turn: the machine's mood is shared
-        port = free_port()
-        async with running("-m", "benchmarks.bare_app", "api", str(port), port=port):
-            await run_load(port, request, connections=connections, seconds=1)
-            bare = await run_load(port, request, connections=connections, seconds=seconds / 2)
-            rates["bare"].append(bare.per_second)
-        async with service(work / f"small-{len(rates['ours'])}") as (port, _):
-            await _create(port)
-            await run_load(port, request, connections=connections, seconds=1)
-            ours = await run_load(port, request, connections=connections, seconds=seconds / 2)
-            if ours.failures:
-                raise RuntimeError(f"{ours.failures} appends failed")
-            rates["ours"].append(ours.per_second)
-    return at_least(
+    async with bare_api() as bare, service(work / "small") as (port, process):
+        await _create(port)
+        taken = await in_turn(
+            {"bare": bare, "ours": Side(port=port, process=process)},
+            request, connections=connections, rounds=ROUNDS, seconds=seconds / ROUNDS,
+        )  # fmt: skip
+    return against_bare(
         "64 clients' small durable appends ÷ the same POST on a bare FastAPI route",
-        measured=max(rates["ours"]), ceiling=max(rates["bare"]), unit="req/s", target=0.5,
+        taken, target=0.5,
     )  # fmt: skip
 
 

@@ -6,9 +6,10 @@ with `-once`, so that its later compactions, which upload everything again, are 
 
 import asyncio
 import os
+import resource
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,9 @@ from benchmarks.orders import (
     make_database_blocking,
     update_in_place,
 )
-from benchmarks.peers import Checkpointing, Litestream, Peer, copy_blocking, cpu_seconds, started
-from benchmarks.report import Result
-from benchmarks.service import service
+from benchmarks.peers import Checkpointing, Litestream, Peer, copy_blocking, started
+from benchmarks.report import NO_NOTES, Result, noted
+from benchmarks.service import cpu_seconds, service
 from tests.helpers.seaweed import SeaweedS3
 
 MIB = 1024 * 1024
@@ -61,12 +62,56 @@ async def against_litestream(work: Path) -> list[Result]:
     return results
 
 
-def _at_most(name: str, *, ours: float, theirs: float, unit: str, target: float) -> Result:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Timed:
+    """CPU time of the command, and of our service for it."""
+
+    seconds: float
+    cpu_seconds: float
+
+    def best(self, other: "_Timed | None") -> "_Timed":
+        """The least of each."""
+        if other is None:
+            return self
+        return _Timed(
+            seconds=min(self.seconds, other.seconds),
+            cpu_seconds=min(self.cpu_seconds, other.cpu_seconds),
+        )
+
+
+async def _timed(sides: _Sides, peer: Peer, step: Awaitable[float]) -> _Timed:
+    def cpu() -> float:
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        served = cpu_seconds(sides.service) if peer is sides.ours else 0.0
+        return ended.ru_utime + ended.ru_stime + served
+
+    before = cpu()
+    seconds = await step
+    return _Timed(seconds=seconds, cpu_seconds=cpu() - before)
+
+
+def _time_at_most(name: str, sides: _Sides, taken: dict[Peer, _Timed], *, target: float) -> Result:
+    ours, theirs = taken[sides.ours], taken[sides.theirs]
+    return _at_most(
+        name, ours=ours.seconds, theirs=theirs.seconds, unit="s", target=target,
+        notes=(f"{ours.cpu_seconds:.1f} s CPU", f"{theirs.cpu_seconds:.1f} s CPU"),
+    )  # fmt: skip
+
+
+def _at_most(
+    name: str,
+    *,
+    ours: float,
+    theirs: float,
+    unit: str,
+    target: float,
+    notes: tuple[str, str] = NO_NOTES,
+) -> Result:
     ratio = ours / theirs
     return Result(
         name=name,
-        measured=f"{ours:,.2f} {unit}",
-        ceiling=f"{theirs:,.2f} {unit}",
+        measured=noted(f"{ours:,.2f} {unit}", notes[0]),
+        ceiling=noted(f"{theirs:,.2f} {unit}", notes[1]),
         ratio=ratio,
         target=f"≤ {target}",
         met=ratio <= target,
@@ -93,24 +138,23 @@ async def _sides(directory: Path) -> AsyncIterator[_Sides]:
 
 async def _first_uploads(sides: _Sides, source: Path) -> list[Result]:
     """In turn, each time another database with the same content; the best time of each counts."""
-    seconds: dict[Peer, float] = {}
+    taken: dict[Peer, _Timed] = {}
     size: dict[Peer, int] = {}
     for number in range(ROUNDS):
         for peer in (sides.theirs, sides.ours):
             copy = copy_blocking(source, _directory(sides, peer) / f"first{number}.db")
             before = await objects(sides.seaweed, peer.bucket)
-            taken = await peer.sync(copy)
+            timed = await _timed(sides, peer, peer.sync(copy))
             size[peer] = added_bytes(before, await objects(sides.seaweed, peer.bucket))
-            seconds[peer] = min(taken, seconds.get(peer, taken))
+            taken[peer] = timed.best(taken.get(peer))
             shutil.rmtree(copy.parent)  # with what Litestream keeps beside it
     return [
         _at_most(
             "first upload of a 256 MiB database: bytes ÷ Litestream's",
             ours=size[sides.ours] / MIB, theirs=size[sides.theirs] / MIB, unit="MiB", target=0.6,
         ),
-        _at_most(
-            "first upload of a 256 MiB database: time ÷ Litestream's",
-            ours=seconds[sides.ours], theirs=seconds[sides.theirs], unit="s", target=1.0,
+        _time_at_most(
+            "first upload of a 256 MiB database: time ÷ Litestream's", sides, taken, target=1.0
         ),
     ]  # fmt: skip
 
@@ -136,7 +180,7 @@ async def _changes(sides: _Sides, source: Path) -> list[Result]:
                 await peer.sync(copies[peer])
                 after = await objects(sides.seaweed, peer.bucket)
                 added[kind][peer] = added_bytes(before, after) / MIB
-    seconds = await _restores(sides, copies)
+    restored = await _restores(sides, copies)
     return [
         _at_most(
             "10,000 scattered in-place row updates: bytes uploaded ÷ Litestream's",
@@ -148,26 +192,26 @@ async def _changes(sides: _Sides, source: Path) -> list[Result]:
             ours=added["inserts and deletes"][sides.ours],
             theirs=added["inserts and deletes"][sides.theirs], unit="MiB", target=0.6,
         ),
-        _at_most(
+        _time_at_most(
             "restore of the changed 256 MiB database, checked: time ÷ Litestream's",
-            ours=seconds[sides.ours], theirs=seconds[sides.theirs], unit="s", target=0.5,
+            sides, restored, target=0.5,
         ),
     ]  # fmt: skip
 
 
-async def _restores(sides: _Sides, copies: dict[Peer, Path]) -> dict[Peer, float]:
+async def _restores(sides: _Sides, copies: dict[Peer, Path]) -> dict[Peer, _Timed]:
     """In turn; the best of each counts, and both must have brought back the same rows."""
-    seconds: dict[Peer, float] = {}
+    best: dict[Peer, _Timed] = {}
     expected = contents(copies[sides.theirs])
     for number in range(ROUNDS):
         for peer, copy in copies.items():
             target = sides.directory / f"restored{number}.db"
-            taken = await peer.restore(copy, target)
-            seconds[peer] = min(taken, seconds.get(peer, taken))
+            timed = await _timed(sides, peer, peer.restore(copy, target))
+            best[peer] = timed.best(best.get(peer))
             if contents(target) != expected:
                 raise RuntimeError(f"{type(peer).__name__} brought back something else")
             target.unlink()
-    return seconds
+    return best
 
 
 async def _idle(sides: _Sides) -> Result:

@@ -19,7 +19,6 @@ from typing import Protocol
 from tests.helpers.seaweed import SeaweedS3
 
 LITESTREAM = Path(sys.executable).with_name("litestream")
-_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Peer(Protocol):
@@ -144,12 +143,6 @@ async def started(command: list[str]) -> AsyncIterator[asyncio.subprocess.Proces
             except TimeoutError:
                 process.kill()
                 await process.wait()
-
-
-def cpu_seconds(process: asyncio.subprocess.Process) -> float:
-    """User's and system's, of the process with its threads."""
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
 
 
 def copy_blocking(source: Path, target: Path) -> Path:

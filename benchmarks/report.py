@@ -17,13 +17,26 @@ class Result:
     met: bool
 
 
-def at_least(name: str, *, measured: float, ceiling: float, unit: str, target: float) -> Result:
-    """A rate against the rate of the raw ceiling: the higher the better."""
+NO_NOTES = ("", "")
+
+
+def at_least(
+    name: str,
+    *,
+    measured: float,
+    ceiling: float,
+    unit: str,
+    target: float,
+    notes: tuple[str, str] = NO_NOTES,
+) -> Result:
+    """A rate against the rate of the raw ceiling: the higher the better. `notes` go with the one
+    and the other.
+    """
     ratio = measured / ceiling
     return Result(
         name=name,
-        measured=f"{measured:,.1f} {unit}",
-        ceiling=f"{ceiling:,.1f} {unit}",
+        measured=noted(f"{measured:,.1f} {unit}", notes[0]),
+        ceiling=noted(f"{ceiling:,.1f} {unit}", notes[1]),
         ratio=ratio,
         target=f"≥ {target}",
         met=ratio >= target,
@@ -42,6 +55,10 @@ def at_most(name: str, *, measured: float, limit: float, unit: str) -> Result:
     )
 
 
+def noted(figure: str, note: str) -> str:
+    return f"{figure}, {note}" if note else figure
+
+
 def show(results: list[Result], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(result) for result in results], indent=2))
@@ -54,4 +71,4 @@ def show(results: list[Result], *, as_json: bool) -> None:
             result.name, result.measured, result.ceiling, f"{result.ratio:.2f}", result.target,
             "[green]met[/]" if result.met else "[red]missed[/]",
         )  # fmt: skip
-    Console(width=140).print(table)
+    Console(width=170).print(table)

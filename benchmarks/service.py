@@ -10,6 +10,8 @@ from pathlib import Path
 
 import httpx
 
+_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -70,3 +72,9 @@ def peak_rss_mib(process: asyncio.subprocess.Process) -> float:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024
     raise RuntimeError("no VmHWM")
+
+
+def cpu_seconds(process: asyncio.subprocess.Process) -> float:
+    """User's and system's, of the process with its threads."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
