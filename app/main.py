@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 
 from app.container import Container, open_container
 from app.core.base.clock import Clock, Randomness, SystemClock, SystemRandomness
@@ -19,6 +20,7 @@ from app.core.base.events import Events
 from app.observability.http_metrics import HttpMetrics
 from app.observability.logging import log_sink, route_library_logs
 from app.observability.metrics import Metrics
+from app.observability.tracing import Tracing
 from app.routers import (
     approvals,
     audit,
@@ -49,7 +51,8 @@ from app.routers import (
 from app.routers.auth import Authenticator
 from app.routers.bodies import Spool
 from app.routers.deps import Desk
-from app.routers.middleware import Edge
+from app.routers.exchange import current_span
+from app.routers.middleware import PROBED_PATHS, Edge
 from app.routers.oidc import OidcRules, OidcTokens
 from app.routers.tokens import FileTokens
 from app.serving.server import OrderlyServer
@@ -135,7 +138,12 @@ def create_app(
         finally:
             desk.close()
             await asyncio.to_thread(spool.close_blocking)
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close_blocking)
 
+    tracing = None
+    if settings.otlp_endpoint:
+        tracing = Tracing.open(settings.otlp_endpoint, ratio=settings.trace_ratio, version=VERSION)
     app = FastAPI(
         title="bop-checkpoint",
         version=VERSION,
@@ -144,6 +152,7 @@ def create_app(
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
+        telemetry=_telemetry(tracing),
     )
     app.state.desk = desk
     app.state.authenticator = authenticator
@@ -159,9 +168,25 @@ def create_app(
         clock=clock,
         randomness=randomness or SystemRandomness(),
         admin_port=settings.admin_port,
+        current_span=None if tracing is None else current_span,
     )
     app.add_middleware(HttpMetrics, metrics=metrics)
     return app
+
+
+def _telemetry(tracing: Tracing | None) -> TelemetryConfig:
+    """FastAPI's own: spans of requests, probes apart, and nothing else."""
+    config: TelemetryConfig = {
+        "tracing": tracing is not None,
+        "metrics": False,
+        "logs": False,
+        "operation_spans": False,
+        "auto_configure": False,
+        "exclude": lambda scope: scope.get("path") in PROBED_PATHS,
+    }
+    if tracing is not None:
+        config["tracer_provider"] = tracing.provider
+    return config
 
 
 def _authenticator(settings: Settings, *, clock: Clock, events: Events) -> Authenticator:

@@ -57,6 +57,18 @@ class TomlFile(PydanticBaseSettingsSource):
         return {name.lower().removeprefix("bop_"): value for name, value in values.items()}
 
 
+class StandardVariables(PydanticBaseSettingsSource):
+    """Names that are a standard of their own."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        del field
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        endpoint = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")  # noqa: TID251 - see above
+        return {"otlp_endpoint": endpoint} if endpoint else {}
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="BOP_", extra="forbid", frozen=True)
 
@@ -100,6 +112,13 @@ class Settings(BaseSettings):
     # --- metrics
     metrics_databases_max: int = Field(default=200, ge=0)
     """So many databases have series of their own; all of them count in the totals."""
+
+    # --- traces
+    otlp_endpoint: str = ""
+    """Of an OpenTelemetry collector, like http://collector:4318; by default the standard variable
+    OTEL_EXPORTER_OTLP_ENDPOINT."""
+    trace_ratio: float = Field(default=0.01, ge=0, le=1)
+    """Of the requests that no caller traces; those of a sampled trace are always sent."""
 
     # --- remote store
     remote_url: str = ""
@@ -220,7 +239,12 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         del dotenv_settings, file_secret_settings
-        return init_settings, env_settings, TomlFile(settings_cls)
+        return (
+            init_settings,
+            env_settings,
+            TomlFile(settings_cls),
+            StandardVariables(settings_cls),
+        )
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -1,36 +1,25 @@
 """Log lines: every event, and what the libraries log, as JSON (or for a console).
 
-A line carries what the request it belongs to is called (`request_id`, `trace_id`), taken from the
-context it was emitted in. Bodies, tokens and record contents are never fields of an event.
+A line carries what the request or the job it belongs to is called (`request_id`, `trace_id`,
+`job_id`, `tenant`), taken from the context it was emitted in. Bodies, tokens and record contents
+are never fields of an event.
 """
 
 import logging
 import sys
 from collections.abc import Mapping, MutableMapping
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, TextIO
 
 import msgspec
 import structlog
 
-from app.core.base.events import Level, Sink
+from app.core.base.events import Level, Sink, context_fields
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _SECRET_FIELDS = frozenset({"authorization", "token", "body", "payload"})
 """Leases have a fencing `token`; it proves nothing to outsiders, but a rule without exceptions
 is easier to keep.
 """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestContext:
-    request_id: str
-    trace_id: str | None = None
-    span_id: str | None = None
-
-
-request_context: ContextVar[RequestContext | None] = ContextVar("request_context", default=None)
 
 
 def log_sink(
@@ -85,7 +74,7 @@ def _bound(
     log_format: Literal["json", "console"], level: Level, stream: BinaryIO | None
 ) -> structlog.typing.FilteringBoundLogger:
     processors: list[structlog.typing.Processor] = [
-        _add_request,
+        _add_context,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="timestamp"),
         structlog.processors.format_exc_info,
@@ -122,16 +111,13 @@ def _renamed(fields: Mapping[str, object]) -> dict[str, Any]:
     return shown
 
 
-def _add_request(
+def _add_context(
     logger: Any, method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
+    """What the event itself says counts."""
     del logger, method
-    context = request_context.get()
-    if context is not None:
-        event.setdefault("request_id", context.request_id)
-        if context.trace_id is not None:
-            event.setdefault("trace_id", context.trace_id)
-            event.setdefault("span_id", context.span_id)
+    for name, value in context_fields().items():
+        event.setdefault(name, value)
     return event
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
-from app.core.base.events import Level
+from app.core.base.events import Level, context_fields
 from app.observability.freshness import FreshnessCollector
 
 TIERS = ("wal", "page_cache", "local", "remote")
@@ -60,6 +60,11 @@ class Metrics:
             "page.fetched": self._on_page_fetched,
             "read.served": self._on_page_fetched,
             "remote.requested": self._on_remote_requested,
+            "remote.throttled": lambda _: self.remote_throttled_total.inc(),
+            "job.enqueued": lambda _: self.jobs_enqueued_total.inc(),
+            "admin.acted": lambda fields: self.admin_actions_total.labels(
+                str(fields["outcome"])
+            ).inc(),
             "verification.checked": self._on_blob_verified,
             "cold_scan.measured": self._on_cold_scan_measured,
             "cold_scan.paused": lambda _: self.cold_scan_pauses_total.inc(),
@@ -112,7 +117,7 @@ class Metrics:
                 self.http_request_duration_seconds.labels(method, template),
             )
         children[0].inc()
-        children[1].observe(seconds)
+        children[1].observe(seconds, exemplar())
 
     # --- what there is ------------------------------------------------------------------------
 
@@ -146,6 +151,21 @@ class Metrics:
         self.coalesced_bytes_total = self._counter(
             "coalesced_bytes_total", "Bytes that merging small chunks uploaded again."
         )
+        self.jobs_enqueued_total = self._counter(
+            "jobs_enqueued_total", "Jobs that were taken into the queue."
+        )
+        self.admin_actions_total = self._counter(
+            "admin_actions_total",
+            "Changes that operators asked for.",
+            ("outcome",),
+            ("done", "refused", "failed"),
+        )
+        self.read_bytes_served_total = self._counter(
+            "read_bytes_served_total",
+            "Bytes of records and pages that readers were given, by tier.",
+            ("tier",),
+            TIERS,
+        )
         self.storage_quota_exhausted_total = self._counter(
             "storage_quota_exhausted_total", "Reservations refused for want of quota."
         )
@@ -158,6 +178,11 @@ class Metrics:
         )
         self._catalogue_of_stores()
         self._catalogue_of_collection()
+        Gauge(
+            "read_amplification",
+            "Bytes fetched from the remote store for each byte served from it, since the start.",
+            registry=self.registry,
+        ).set_function(self._read_amplification)
         self._catalogue_of_http()
         self._gauges = {
             name: Gauge(name, text, registry=self.registry)
@@ -178,6 +203,10 @@ class Metrics:
         self.unwatch()
 
     def _catalogue_of_stores(self) -> None:
+        self.remote_throttled_total = self._counter(
+            "remote_throttled_total",
+            "Attempts answered with 429 or SlowDown.",
+        )
         self.remote_requests_total = Counter(
             "remote_requests_total",
             "Requests to the remote store.",
@@ -290,6 +319,11 @@ class Metrics:
             histogram.labels(value)
         return histogram
 
+    def _read_amplification(self) -> float:
+        served = self.read_bytes_served_total.labels("remote")._value.get()  # noqa: SLF001
+        fetched = self.remote_bytes_read_total.labels("normal")._value.get()  # noqa: SLF001
+        return float(fetched / served) if served else 0.0
+
     # --- events -------------------------------------------------------------------------------
 
     def _ended(self, outcome: str) -> None:
@@ -310,7 +344,7 @@ class Metrics:
             self.coalesced_bytes_total.inc(_number(fields.get("bytes_uploaded")) or 0)
             return
         if (seconds := _number(fields.get("seconds"))) is not None:
-            self.checkpoint_duration_seconds.observe(seconds)
+            self.checkpoint_duration_seconds.observe(seconds, exemplar())
         uploaded = _number(fields.get("bytes_uploaded"))
         if uploaded is not None:
             self.checkpoint_bytes_uploaded_total.inc(uploaded)
@@ -327,7 +361,10 @@ class Metrics:
 
     def _on_page_fetched(self, fields: Fields) -> None:
         if (seconds := _number(fields.get("seconds"))) is not None:
-            self.page_fetch_latency_seconds.labels(str(fields["tier"])).observe(seconds)
+            tier = str(fields["tier"])
+            self.page_fetch_latency_seconds.labels(tier).observe(seconds, exemplar())
+            if served := _number(fields.get("bytes")):
+                self.read_bytes_served_total.labels(tier).inc(served)
 
     def _on_remote_requested(self, fields: Fields) -> None:
         op = str(fields["op"])
@@ -365,6 +402,12 @@ class Metrics:
             self.wal_flush_seconds.observe(seconds)
         if written := _number(fields.get("bytes")):
             self.wal_appended_bytes_total.inc(written)
+
+
+def exemplar() -> dict[str, str] | None:
+    """The trace that this belongs to, shown in OpenMetrics beside the bucket."""
+    trace_id = context_fields().get("trace_id")
+    return None if trace_id is None else {"trace_id": str(trace_id)}
 
 
 def _zero() -> float:

@@ -12,6 +12,7 @@ import asyncio
 import re
 from dataclasses import dataclass
 
+from opentelemetry import trace
 from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope, Send
 
@@ -178,6 +179,21 @@ def joined_trace(header: bytes, randomness: Randomness) -> Trace | None:
         parent_id=parent_id.decode(),
         span_id=f"{randomness.bits(64) or 1:016x}",
         flags=flags.decode(),
+    )
+
+
+def current_span() -> Trace | None:
+    """The span that is exported for this request, if one is."""
+    span = trace.get_current_span()
+    context = span.get_span_context()
+    if not context.is_valid:
+        return None
+    parent = getattr(span, "parent", None)
+    return Trace(
+        trace_id=f"{context.trace_id:032x}",
+        parent_id="" if parent is None else f"{parent.span_id:016x}",
+        span_id=f"{context.span_id:016x}",
+        flags=f"{int(context.trace_flags):02x}",
     )
 
 

@@ -9,14 +9,15 @@ durable here.
 It is plain ASGI and one class on purpose: every further layer costs small requests throughput.
 """
 
+from collections.abc import Callable
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.core.base.clock import Clock, Randomness
 from app.core.base.errors import NotFound, NotReady, Unauthenticated
-from app.core.base.events import Events
-from app.observability.logging import RequestContext, request_context
+from app.core.base.events import Events, event_context
 from app.routers.auth import LOCAL, OPEN_PATHS, Authenticator
-from app.routers.exchange import SCOPE_KEY, ClientGone, Exchange, ResponseBroken
+from app.routers.exchange import SCOPE_KEY, ClientGone, Exchange, ResponseBroken, Trace
 from app.routers.problems import internal_problem, problem_response
 
 PROBED_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
@@ -34,6 +35,7 @@ class Edge:
         clock: Clock,
         randomness: Randomness,
         admin_port: int | None = None,
+        current_span: Callable[[], Trace | None] | None = None,
     ) -> None:
         self._app = app
         self._authenticator = authenticator
@@ -41,6 +43,7 @@ class Edge:
         self._clock = clock
         self._randomness = randomness
         self._admin_port = admin_port
+        self._current_span = current_span
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,13 +52,11 @@ class Edge:
         began = self._clock.monotonic()
         exchange = Exchange(scope, receive, send, self._randomness)
         scope[SCOPE_KEY] = exchange
-        request_context.set(
-            RequestContext(
-                request_id=exchange.request_id,
-                trace_id=None if exchange.trace is None else exchange.trace.trace_id,
-                span_id=None if exchange.trace is None else exchange.trace.span_id,
-            )
-        )
+        context: dict[str, object] = {"request_id": exchange.request_id}
+        if (trace := self._trace_of(exchange)) is not None:
+            exchange.trace = trace
+            context["trace_id"], context["span_id"] = trace.trace_id, trace.span_id
+        event_context.set(context)
         try:
             await self._serve(scope, exchange)
         finally:
@@ -90,6 +91,12 @@ class Edge:
             if exchange.started:
                 raise ResponseBroken(repr(error)) from error
             await internal_problem(exchange)(scope, exchange.receive, exchange.send)
+
+    def _trace_of(self, exchange: Exchange) -> Trace | None:
+        """Where spans are exported, the one that FastAPI has begun; otherwise the caller's."""
+        if self._current_span is None:
+            return exchange.trace
+        return self._current_span() or exchange.trace
 
     def _is_hidden(self, scope: Scope) -> bool:
         """Operators' paths exist on their own port alone."""

@@ -15,6 +15,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from app.core.base.errors import UnsupportedMediaType
+from app.core.base.events import event_context
 from app.routers.auditing import SAFE_METHODS, audited
 from app.routers.auth import OPEN_PATHS, require_path_tenant, require_scope, scopes_of
 from app.routers.bodies import BodyReader
@@ -61,9 +62,12 @@ class ScopedRoute(APIRoute):
 
         async def guarded(request: Request) -> Response:
             principal = principal_of(request)
+            tenant = request.path_params.get("tenant")
+            context = event_context.get()
+            if tenant is not None and context is not None:
+                context["tenant"] = tenant
             require_scope(principal, scopes)
             if principal.tenants is not None:
-                tenant = request.path_params.get("tenant")
                 require_path_tenant(principal, tenant, names_database=names_database)
             return await handle(request)
 

@@ -6,13 +6,9 @@ import logging
 
 import pytest
 
-from app.core.base.events import Events
-from app.observability.logging import (
-    RequestContext,
-    log_sink,
-    request_context,
-    route_library_logs,
-)
+from app.core.base.events import Events, bound
+from app.core.services.freshness import DatabaseFreshness
+from app.observability.logging import log_sink, route_library_logs
 from app.observability.metrics import Metrics
 from app.routers.exchange import ResponseBroken
 
@@ -32,6 +28,16 @@ PLANNED = {
     "wal_appended_bytes_total",
     "delta_chain_length",
     "write_amplification",
+    "read_amplification",
+    "read_bytes_served_total",
+    "cold_scan_bandwidth_bytes",
+    "remote_throttled_total",
+    "jobs_enqueued_total",
+    "admin_actions_total",
+    "remote_position_age_max_seconds",
+    "unpublished_wal_age_max_seconds",
+    "unpublished_wal_total_bytes",
+    "http_connections",
 }
 
 
@@ -75,12 +81,8 @@ def test_levels_below_are_dropped(lines):
 
 def test_a_line_carries_its_request(lines):
     events, read = lines
-    context = RequestContext(request_id="r1", trace_id="t1", span_id="s1")
-    reset = request_context.set(context)
-    try:
+    with bound(request_id="r1", trace_id="t1", span_id="s1"):
         events.info("a.thing")
-    finally:
-        request_context.reset(reset)
     events.info("a.thing")
     inside, outside = read()
     assert (inside["request_id"], inside["trace_id"], inside["span_id"]) == ("r1", "t1", "s1")
@@ -235,3 +237,46 @@ def test_openmetrics_names_its_counters():
     assert media_type.startswith("application/openmetrics-text")
     assert b"# TYPE checkpoints counter" in body
     assert body.endswith(b"# EOF\n")
+
+
+def test_a_bucket_shows_the_trace_it_belongs_to():
+    metrics = Metrics()
+    with bound(trace_id="4bf92f3577b34da6a3ce929d0e0e4736"):
+        Events(metrics.sink).info("checkpoint.completed", seconds=2.0)
+        metrics.on_answer(method="GET", template="/jobs", status=200, seconds=0.1)
+    body, _ = metrics.exposition("application/openmetrics-text; version=1.0.0")
+    marked = [line for line in body.decode().splitlines() if "4bf92f3577b3" in line]
+    assert len(marked) == 2
+    assert all("_bucket{" in line and " # {trace_id=" in line for line in marked)
+
+
+def test_single_databases_are_shown_within_a_bound_and_all_of_them_in_the_totals():
+    metrics = Metrics(databases_max=2)
+    metrics.freshness.show(
+        [
+            DatabaseFreshness(
+                tenant="acme", database=f"db{number}", remote_age_seconds=10.0 * number,
+                unpublished_age_seconds=number, unpublished_bytes=100,
+            )
+            for number in range(4)
+        ]
+    )  # fmt: skip
+    assert sample(metrics, "remote_position_age_max_seconds") == 30.0
+    assert sample(metrics, "unpublished_wal_age_max_seconds") == 3.0
+    assert sample(metrics, "unpublished_wal_total_bytes") == 400.0
+    assert sample(metrics, "databases") == 4.0
+    shown = {"tenant": "acme", "database": "db1"}
+    assert sample(metrics, "remote_position_age_seconds", **shown) == 10.0
+    assert metrics.registry.get_sample_value(
+        "remote_position_age_seconds", {"tenant": "acme", "database": "db2"}
+    ) is None  # fmt: skip
+
+
+def test_read_amplification_is_what_was_fetched_for_what_was_served():
+    metrics = Metrics()
+    events = Events(metrics.sink)
+    assert sample(metrics, "read_amplification") == 0.0
+    events.debug("read.served", tier="remote", seconds=0.1, bytes=100)
+    events.debug("remote.requested", op="get_blob", outcome="ok", bytes_read=250, mode="normal")
+    events.debug("remote.requested", op="get_blob", outcome="ok", bytes_read=999, mode="cold")
+    assert sample(metrics, "read_amplification") == 2.5

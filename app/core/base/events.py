@@ -4,11 +4,33 @@ Events are named `<noun>.<past tense>` (`checkpoint.published`) and carry plain 
 not block and must not raise.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 Level = Literal["debug", "info", "warning", "error"]
 Sink = Callable[[str, Level, Mapping[str, object]], None]
+
+event_context: ContextVar[dict[str, object] | None] = ContextVar("event_context", default=None)
+"""What every event of a request or a job belongs to: `request_id`, `trace_id`, `span_id`,
+`job_id`, `tenant`, `database`. The edge makes one for a request, the runner one for a job; threads
+of the pools work in it, too.
+"""
+
+
+def context_fields() -> Mapping[str, object]:
+    return event_context.get() or {}
+
+
+@contextmanager
+def bound(**fields: object) -> Iterator[None]:
+    """Events told within belong to these, too."""
+    token = event_context.set({**context_fields(), **fields})
+    try:
+        yield
+    finally:
+        event_context.reset(token)
 
 
 class Events:

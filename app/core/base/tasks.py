@@ -5,6 +5,7 @@ Nothing else creates tasks: a task without an owner outlives its purpose and hid
 
 import asyncio
 import contextlib
+import contextvars
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -148,7 +149,8 @@ class BlockingPool:
         cannot be interrupted and ends on its own.
         """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, function, *args)
+        run = contextvars.copy_context().run  # what the thread tells belongs to the caller's job
+        return await loop.run_in_executor(self._executor, run, function, *args)
 
     def submit(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
         """Starts `function`, which reports its own outcome."""

@@ -18,7 +18,7 @@ import msgspec
 from app.core.base import failpoints
 from app.core.base.clock import Clock, wall_us
 from app.core.base.errors import Backpressure, JobAlreadyEnded, JobNotFound, QueueDrained
-from app.core.base.events import Events
+from app.core.base.events import Events, context_fields
 from app.core.coordination.quota_levels import FreedRate
 from app.core.jobs.feed import JobFeed
 from app.core.jobs.slots import WAITING_KINDS, DatabaseSlots
@@ -153,6 +153,7 @@ class JobQueue:
                     )
                 return joined
             self._check_depth(job.tenant)
+            job = msgspec.structs.replace(job, trace_id=str(context_fields().get("trace_id", "")))
             failpoints.fp("job.before_enqueue")
             ops = (EnqueueJob(job=job), *ops)
             if remember is not None:

@@ -23,7 +23,7 @@ from app.core.base.errors import (
     ManifestBusy,
     ManifestFull,
 )
-from app.core.base.events import Events
+from app.core.base.events import Events, bound
 from app.core.jobs.queue import JobQueue, job_fields
 from app.core.stores.manifest.errors import BatchRefused, CancelRequested, RunSuperseded
 from app.core.stores.manifest.ops import Op, Precondition, Receipt
@@ -117,8 +117,12 @@ class JobRunner:
         """One attempt. Raises only FatalError and CancelledError; all else ends in the row."""
         handler = self._handlers[job.kind]
         context = JobContext(self._queue, job, on_progress=lambda: None)
+        belongs = {"job_id": job.job_id, "tenant": job.tenant, "database": job.database}
+        if job.trace_id:
+            belongs["trace_id"] = job.trace_id
         try:
-            await self._attempt(handler, context)
+            with bound(**belongs):
+                await self._attempt(handler, context)
         finally:
             self._queue.give_back(context.job)
 

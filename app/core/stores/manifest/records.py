@@ -289,6 +289,8 @@ class JobRecord(Record, array_like=True, frozen=True, kw_only=True):
     result: dict[str, Any] | None = None
     cancelled_by: str | None = None
     """The truncation that asked for the cancellation, if one did."""
+    trace_id: str = ""
+    """The trace of the request that asked for the job: its log lines belong to it."""
 
 
 class IdempotencyRecord(Record, array_like=True, frozen=True, kw_only=True):

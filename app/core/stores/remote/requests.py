@@ -182,6 +182,8 @@ class Retrier:
 
     async def back_off(self, op: str, error: BopError, *, attempt: int) -> None:
         """Waits before attempt `attempt` + 1, or raises `error` if there is to be none."""
+        if isinstance(error, RemoteThrottled):
+            self._events.debug("remote.throttled", op=op, attempt=attempt)
         if self._policy.gives_up(error, attempt=attempt) or not self._budget.take():
             raise error
         seconds = full_jitter(
