@@ -30,6 +30,7 @@ class SqliteFile:
         self.shapes = random.Random(seed)
         with sqlite3.connect(path) as connection:
             connection.execute("PRAGMA page_size = 4096")
+            connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, body BLOB)")
             rows = [(number, self.shapes.randbytes(1000)) for number in range(200)]
             connection.executemany("INSERT INTO t VALUES (?, ?)", rows)
@@ -47,6 +48,17 @@ class SqliteFile:
                 )
         connection.close()
         return self.content
+
+    def log_of_change(self, number: int) -> bytes:
+        """Changes a row; the log that holds the change, which begins at the file as it was."""
+        connection = sqlite3.connect(self.path)
+        connection.execute(
+            "INSERT OR REPLACE INTO t VALUES (?, ?)", (number, self.shapes.randbytes(1000))
+        )
+        connection.commit()
+        log = self.path.with_name(f"{self.path.name}-wal").read_bytes()
+        connection.close()
+        return log
 
     def becoming(self, content: bytes) -> "SqliteFile":
         self.path.write_bytes(content)
@@ -180,6 +192,11 @@ async def test_pages_of_snapshots_and_forks(server: ServerProcess, tmp_path: Pat
     # Both sides go on by themselves, over several generations and deltas.
     child = SqliteFile(tmp_path / "child.db", 2).becoming(states[2])
     children: dict[int, bytes] = {2: states[2]}
+    log = child.log_of_change(77)
+    query = f"offset=0&after_lsn={made['last_lsn']}"
+    told = await send(client, "POST", f"fork/wal?{query}", 200, content=log)
+    assert told["first_lsn"] == made["last_lsn"] + 1
+    assert await image(client, "fork") == child.content
     for step in range(3):
         await put_image(client, "fork", child.change(step, 160 + step))
         result = await checkpoint(client, "fork")
@@ -310,6 +327,16 @@ async def test_records_of_snapshots_and_forks(server: ServerProcess):
 
     await check()
     assert await records(client, "log") == first + second + third
+    for query in ("database=log&snapshot=early", "database=fork&generation=1"):
+        scan = await client.get(f"/cold-scan?tenant=acme&{query}")
+        assert scan.status_code == 200
+        assert pack_records(first[-1:]) in scan.content
+        assert second[0] not in scan.content
+    asked = {"tenant": "acme", "database": "third"}
+    verified = await job(client, await client.post("/admin/verifications", json=asked))
+    assert verified["state"] == "completed", verified
+    everything = len(pack_records(first + mine + more))
+    assert verified["result"]["verified_bytes"] > everything  # with what falls through
     await checkpoint(client, "log")
     await lose_the_node(server)
     client = server.client
@@ -395,3 +422,20 @@ async def test_a_fork_is_truncated_by_itself_and_outlives_its_parent(make_server
     report = await fsck(Settings(data_dir=server.data_dir))
     assert report.findings == ()
     assert report.checked.get("databases", 0) == 0
+
+
+async def test_fsck_misses_the_document_of_a_snapshot(make_server: MakeServer):
+    server = make_server()
+    await server.start()
+    client = server.client
+    await send(client, "PUT", "log", 201, json={"engine": "append_only"})
+    await append(client, "log", [b"one"])
+    await checkpoint(client, "log")
+    await send(client, "POST", "log/snapshots", 201, json={"name": "s"})
+    assert await server.terminate() == 0
+    (document,) = (server.data_dir / "remote").rglob("meta-*.json")
+    document.unlink()
+    report = await fsck(Settings(data_dir=server.data_dir))
+    assert [
+        (one.invariant, one.where.startswith("snapshots/acme/log/s/")) for one in report.findings
+    ] == [("I3", True)]
