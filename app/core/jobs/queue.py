@@ -9,7 +9,7 @@ Crash: rows survive; `load` makes in-flight jobs pending again at once.
 """
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -70,7 +70,7 @@ class JobQueue:
         self._slots = DatabaseSlots()
         self._aside: set[str] = set()
         self._enqueueing: dict[int, asyncio.Lock] = {}
-        self._entering = 0
+        self._entering: Counter[str] = Counter()  # tenant → jobs on their way into the manifest
         self._left = FreedRate()
         self._draining = False
         self._wake = asyncio.Event()
@@ -158,13 +158,13 @@ class JobQueue:
             ops = (EnqueueJob(job=job), *ops)
             if remember is not None:
                 ops = (*ops, remember(job))
-            self._entering += 1
+            self._entering[job.tenant] += 1
             try:
                 await self._manifest.commit(
                     ManifestBatch(ops=ops, reason="job.enqueued", db_id=job.db_id)
                 )
             finally:
-                self._entering -= 1
+                self._entering = +(self._entering - Counter([job.tenant]))
             failpoints.fp("job.after_enqueue")
             self._add_pending(job)
         self._events.info("job.enqueued", **job_fields(job))
@@ -319,11 +319,11 @@ class JobQueue:
 
     def _check_depth(self, tenant: str) -> None:
         """A tenant within its part of a full queue is not refused for what others have in it."""
-        waiting = self.depth + self._entering
+        waiting = self.depth + self._entering.total()
         if waiting < self._depth_max:
             return
-        tenants = len(self._pending) + (tenant not in self._pending)
-        mine = len(self._pending.get(tenant, {}))
+        tenants = len({*self._pending, *+self._entering, tenant})
+        mine = len(self._pending.get(tenant, {})) + self._entering[tenant]
         if mine and mine >= self._depth_max // tenants:
             seconds = self._left.seconds_until(
                 waiting - self._depth_max + 1, now=self._clock.monotonic()

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from app.core.base.clock import SeededRandomness, SystemClock, wall_us
-from app.core.base.errors import Backpressure, JobAlreadyEnded, JobNotFound
+from app.core.base.errors import Backpressure, JobAlreadyEnded, JobNotFound, QueueDrained
 from app.core.base.events import Events
 from app.core.base.ids import new_ulid
 from app.core.jobs.feed import JobFeed
@@ -103,6 +103,48 @@ async def test_a_full_queue_pushes_back(tmp_path):
             await queue.enqueue(job(3), join=True)
         assert refused.value.retry_after_seconds
         assert queue.depth == 2
+
+
+async def test_a_full_queue_pushes_back_on_those_who_filled_it(tmp_path):
+    async with opened(tmp_path, depth_max=2) as queue:
+        await queue.enqueue(job(1), join=True)
+        await queue.enqueue(job(2), join=True)
+        await queue.enqueue(job(3, tenant="other"), join=True)  # it has nothing in it yet
+        with pytest.raises(Backpressure):
+            await queue.enqueue(job(4, tenant="other"), join=True)
+        answers = await asyncio.gather(
+            *(queue.enqueue(job(10 + n), join=True) for n in range(5)), return_exceptions=True
+        )
+        assert all(isinstance(answer, Backpressure) for answer in answers)
+        assert queue.depth == 3
+
+
+async def test_those_who_enqueue_at_once_do_not_pass_the_bound_together(tmp_path):
+    async with opened(tmp_path, depth_max=3) as queue:
+        await queue.enqueue(job(1), join=True)
+        answers = await asyncio.gather(
+            *(queue.enqueue(job(10 + n), join=True) for n in range(20)), return_exceptions=True
+        )
+        assert sum(isinstance(answer, JobRecord) for answer in answers) == 2
+        assert queue.depth == 3
+
+
+async def test_a_drained_queue_takes_nothing_new_and_lets_the_rest_end(tmp_path):
+    async with opened(tmp_path) as queue:
+        first = await queue.enqueue(job(1), join=True)
+        await queue.set_draining(True)
+        for again in (job(1), job(2)):  # not even to be joined: the caller must be told
+            with pytest.raises(QueueDrained):
+                await queue.enqueue(again, join=True)
+    async with opened(tmp_path) as queue:
+        assert queue.draining
+        claimed = await queue.claim()
+        assert claimed is not None
+        assert claimed.job_id == first.job_id
+        await queue.set_draining(False)
+        await queue.enqueue(job(2), join=True)
+    async with opened(tmp_path) as queue:
+        assert not queue.draining
 
 
 async def test_a_stale_run_changes_nothing(queue):
