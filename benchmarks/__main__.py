@@ -7,7 +7,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import appends, checkpoints, forks, libsql, manifest, page_reads, wal_verification
+from benchmarks import (
+    appends,
+    checkpoints,
+    collection,
+    forks,
+    libsql,
+    manifest,
+    page_reads,
+    wal_verification,
+)
 from benchmarks.report import Result, show
 
 
@@ -25,6 +34,8 @@ async def measure(word: str, work: Path) -> list[Result]:
         results += await page_reads.page_reads(work)
     if word in "fork":
         results += await forks.forks(work)
+    if word in "gc":
+        results += await collection.collection(work)
     if word in "libsql":
         results.append(await asyncio.to_thread(wal_verification.verification))
         results += await libsql.against_litestream(work)
@@ -33,7 +44,7 @@ async def measure(word: str, work: Path) -> list[Result]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    known = "manifest, appends, checkpoints, page-reads, fork, libsql"
+    known = "manifest, appends, checkpoints, page-reads, fork, gc, libsql"
     parser.add_argument("only", nargs="?", default="", help=known)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
