@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks import (
     appends,
     checkpoints,
+    cold_scans,
     collection,
     forks,
     libsql,
@@ -32,6 +33,8 @@ async def measure(word: str, work: Path) -> list[Result]:
         results += await checkpoints.sixteen_chunks(work)
     if word in "page-reads":
         results += await page_reads.page_reads(work)
+    if word in "cold-scan":
+        results += await cold_scans.cold_scans(work)
     if word in "fork":
         results += await forks.forks(work)
     if word in "gc":
@@ -44,7 +47,7 @@ async def measure(word: str, work: Path) -> list[Result]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    known = "manifest, appends, checkpoints, page-reads, fork, gc, libsql"
+    known = "manifest, appends, checkpoints, page-reads, cold-scan, fork, gc, libsql"
     parser.add_argument("only", nargs="?", default="", help=known)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

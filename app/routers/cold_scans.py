@@ -67,6 +67,12 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         "first, u32 count, u32 payload length, u64 CRC-64/NVME of the payload (little-endian), "
         "payload. Types: 0 start, 1 pages, 2 records, 3 end, 4 error. A stream without type 3 "
         "is broken.",
+        "headers": {
+            "Bop-Generation": {
+                "description": "The one that is scanned.",
+                "schema": {"type": "integer"},
+            }
+        },
         "content": {
             MEDIA_TYPE: {
                 "schema": {"type": "string", "format": "binary"},

@@ -9,19 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks.load import idle, mixed, quota_pressure, steady
+from benchmarks.load import idle, mixed, quota_pressure, scan_beside_reads, steady
 from benchmarks.load.table import show
 
 SCENARIOS: dict[str, ModuleType] = {
     "steady": steady,
     "quota-pressure": quota_pressure,
     "mixed": mixed,
+    "scan-beside-reads": scan_beside_reads,
     "idle": idle,
 }
 SMALL: dict[str, Sequence[str]] = {
     "steady": (),
     "quota-pressure": (),
     "mixed": (),
+    "scan-beside-reads": (),
     "idle": ("--databases", "200", "--interval", "5", "--seconds", "10"),
 }
 

@@ -21,6 +21,7 @@ from app.core.coordination.pace import Pace
 from app.core.jobs.generation_jobs import HeldGeneration, held_generation
 from app.core.jobs.runner import JobContext
 from app.core.reads.blob_check import BlobCheck, Verdict
+from app.core.reads.generation_blobs import blobs_of
 from app.core.reads.read_point import GenerationPins
 from app.core.stores.manifest.ops import MarkVerified, Op, PutVerification, SetHealth
 from app.core.stores.manifest.records import (
@@ -184,10 +185,9 @@ def has_recovered(view: ManifestView, db_id: int) -> bool:
     database = view.database(db_id)
     if database is None or database.health != "unhealthy_generation":
         return False
-    newest = database.generation  # a fork's own rows are not all that it reads
-    chunks = [*view.chunk_rows(db_id), *view.chunk_view(db_id, newest)]
-    blobs = [row.blob for row in chunks if row.blob is not None]
-    blobs += [row.blob for row in (*view.delta_rows(db_id), *view.delta_view(db_id, newest))]
+    blobs = [row.blob for row in view.chunk_rows(db_id) if row.blob is not None]
+    blobs += [row.blob for row in view.delta_rows(db_id)]
+    blobs += blobs_of(view, db_id, database.generation)  # a fork's may be its parent's
     records = (view.verification(blob.key) for blob in blobs)
     return all(record is None or record.outcome not in _BAD for record in records)
 
