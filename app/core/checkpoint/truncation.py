@@ -68,14 +68,12 @@ class TruncationExecutor:
         request = TruncationRequest.of(hold.job.params)
         if hold.job.published_generation is None:
             failpoints.fp("truncate.before_plan")
-            with self._parts.manifest.read() as view:
-                context = load_context(view, hold.job.db_id)
-                plan = plan_truncation(request, context)
-                if plan is not None:
-                    check_pins(view, plan)
+            database, plan = await self._parts.manifest.read_in_thread(
+                lambda view: decide(view, hold.job.db_id, request)
+            )
             if plan is None:
-                return _unchanged(request, context.database)
-            await self._publish(hold, plan, context.database)
+                return _unchanged(request, database)
+            await self._publish(hold, plan, database)
         await complete_publication(self._parts, hold)
         assert hold.job.plan is not None
         outcome = msgspec.msgpack.decode(hold.job.plan, type=TruncationOutcome)
@@ -134,18 +132,26 @@ class TruncationExecutor:
         )
 
 
-def load_context(view: ManifestView, db_id: int) -> TruncationContext:
-    """Raises DatabaseNotFound."""
+def decide(
+    view: ManifestView, db_id: int, request: TruncationRequest
+) -> tuple[DatabaseRecord, TruncationPlan | None]:
+    """Walks over all chunks of the database. Raises DatabaseNotFound, SnapshotPinned."""
     database = view.database(db_id)
     if database is None or database.state == "tombstoned":
         raise DatabaseNotFound(db_id=db_id)
     latest = view.generation(db_id, database.generation)
-    return TruncationContext(
-        database=database,
-        published_lsn=0 if latest is None else latest.last_lsn,
-        chunks=view.chunk_view(db_id, database.generation),
-        segments=view.segments(db_id),
+    plan = plan_truncation(
+        request,
+        TruncationContext(
+            database=database,
+            published_lsn=0 if latest is None else latest.last_lsn,
+            chunks=view.chunk_view(db_id, database.generation),
+            segments=view.segments(db_id),
+        ),
     )
+    if plan is not None:
+        check_pins(view, plan)
+    return database, plan
 
 
 def check_pins(view: ManifestView, plan: TruncationPlan) -> None:

@@ -19,6 +19,7 @@ from app.core.services.directory import DatabaseDirectory
 from app.core.stores.manifest.ops import Op
 from app.core.stores.manifest.records import DatabaseRecord, JobRecord
 from app.core.stores.manifest.store import ManifestStore
+from app.core.stores.manifest.view import ManifestView
 from app.core.stores.wal.log import WalLog
 
 
@@ -67,7 +68,7 @@ class Truncations:
             on_lease=on_lease,
             lease_timeout_seconds=lease_timeout_seconds,
         )
-        self._check(request, record)
+        await self._check(request, record)
         if direction == "tail":
             request = await self._reaching_to_the_newest(request, record, log)
         now = wall_us(self._clock)
@@ -94,11 +95,12 @@ class Truncations:
             raise WalLost(lost_from_lsn=log.lost_from_lsn)
         await log.seal()
         sealed = msgspec.structs.replace(request, end_lsn=log.sealed_lsn)
-        self._check(sealed, record)
+        await self._check(sealed, record)
         return sealed
 
-    def _check(self, request: TruncationRequest, record: DatabaseRecord) -> None:
-        with self._manifest.read() as view:
+    async def _check(self, request: TruncationRequest, record: DatabaseRecord) -> None:
+        def check_blocking(view: ManifestView) -> None:
             current = view.database(record.db_id) or record
-            chunks = view.chunk_view(record.db_id, current.generation)
-        check_range(request, current, chunks)
+            check_range(request, current, view.chunk_view(record.db_id, current.generation))
+
+        await self._manifest.read_in_thread(check_blocking)
