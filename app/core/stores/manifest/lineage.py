@@ -137,12 +137,13 @@ def _walk(
 ) -> Iterator[ChunkRecord]:
     """The bases and drops valid at the generation, chunk by chunk, as far as they are asked for."""
     parent = parent_of(rows, db_id)
-    above: Iterator[ChunkRecord] = iter(())
-    if parent is not None:
-        inherited = _walk(scan, rows, parent.db_id, parent.generation, backwards=backwards)
-        above = (_as_row_of(db_id, row, parent.generation) for row in inherited)
-    waiting = next(above, None)
     own = (row for _, row in scan(CHUNKS, number_key(db_id)))
+    if parent is None:
+        yield from (row for row in own if is_valid_at(row, generation))
+        return
+    inherited = _walk(scan, rows, parent.db_id, parent.generation, backwards=backwards)
+    above = (_as_row_of(db_id, row, parent.generation) for row in inherited)
+    waiting = next(above, None)
     for chunk_id, group in groupby(own, key=lambda row: row.chunk_id):
         while waiting is not None and (
             waiting.chunk_id > chunk_id if backwards else waiting.chunk_id < chunk_id
@@ -246,11 +247,11 @@ def leave_drop(rows: WriteRows, gone: ChunkRecord) -> None:
     through to the parent again, a drop takes its place.
     """
     database = rows.get(DATABASES, number_key(gone.db_id))
-    if database is None or database.state == "tombstoned":
-        return
-    if not chunk_rows(rows, gone.db_id, gone.chunk_id).bases:
+    if database is None or database.state == "tombstoned" or parent_of(rows, gone.db_id) is None:
         return
     if _own(rows, gone.db_id, gone.chunk_id).bases:
+        return
+    if not inherited_rows(rows, gone.db_id, gone.chunk_id).bases:
         return
     at = gone.generation if gone.superseded_at is None else gone.superseded_at
     drop = ChunkRecord(
