@@ -35,6 +35,13 @@ def take_lease_blocking(manifest: Path, *, job_id: str) -> int:
     return token
 
 
+def lease_expiry_blocking(manifest: Path) -> float:
+    """When the only lease there is ends, in seconds since the Unix epoch."""
+    with _writing(manifest) as (transaction, tables):
+        ((_, raw),) = list(transaction.cursor(db=tables[LEASES.name]))
+        return LEASES.codec.decode(bytes(raw)).expires_at_us / 1e6
+
+
 def lease_tokens_blocking(manifest: Path) -> int:
     """The newest token that was given out."""
     with _writing(manifest) as (transaction, tables):
