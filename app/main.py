@@ -219,6 +219,7 @@ def gauges_of(container: Container, desk: Desk) -> dict[str, Callable[[], float]
         "cold_scans_active": gauges.cold_scans,
         "gc_queue_blobs": gauges.gc_queue,
         "gc_lag_seconds": gauges.gc_lag_seconds,
+        "gc_paused": gauges.gc_paused,
         "body_memory_bytes": lambda: desk.memory.used_bytes,
         "service_ready": lambda: desk.readiness().status == "ready",
         "service_degraded": lambda: len(desk.readiness().degraded),

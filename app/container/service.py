@@ -86,6 +86,7 @@ class Gauges:
     cold_scans: Callable[[], float]
     gc_queue: Callable[[], float]
     gc_lag_seconds: Callable[[], float]
+    gc_paused: Callable[[], float]
 
 
 class RemoteHealth:

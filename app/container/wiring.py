@@ -586,4 +586,5 @@ def _gauges(storage: _Storage, work: _Work) -> Gauges:
         cold_scans=lambda: storage.limiter.active_scans,
         gc_queue=work.collector.waiting,
         gc_lag_seconds=work.collector.lag_seconds,
+        gc_paused=lambda: work.collector.paused,
     )

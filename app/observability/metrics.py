@@ -194,6 +194,7 @@ class Metrics:
                 ("page_cache_bytes", "Bytes of pages kept in memory."),
                 ("cold_scans_active", "Cold scans that are open."),
                 ("gc_queue_blobs", "Retired objects that are not deleted yet."),
+                ("gc_paused", "1 while a jump of the wall clock keeps collection from going on."),
                 ("gc_lag_seconds", "How long the oldest retired object is overdue."),
                 ("body_memory_bytes", "Memory that request bodies hold."),
                 ("service_ready", "1 while the service is ready."),

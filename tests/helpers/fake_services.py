@@ -179,6 +179,7 @@ class FakeService:
             cold_scans=lambda: 0.0,
             gc_queue=lambda: 0.0,
             gc_lag_seconds=lambda: 0.0,
+            gc_paused=lambda: 0.0,
         )
 
     # --- the container's part

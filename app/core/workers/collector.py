@@ -81,6 +81,10 @@ class Collector:
         self._time: CollectionTime | None = None
         self._stored: StoredTime | None = None
 
+    @property
+    def paused(self) -> bool:
+        return self._time is not None and self._time.paused
+
     async def ask(self, request: RoundRequest) -> RoundReport:
         """A round of its own. Raises what the round met."""
         answer: asyncio.Future[RoundReport] = asyncio.get_running_loop().create_future()

@@ -96,6 +96,7 @@ async def test_a_jump_of_the_clock_pauses_until_it_is_accepted(house: House, jum
         assert report.time.paused
         assert report.removed.generations == 0
     assert house.told.count("collection.paused") == 1
+    assert house.collector.paused
     house.collector = house.made()
     assert (await house.round()).time.paused  # a restart changes nothing about it
     report = await house.round(accept_clock=True)
