@@ -14,8 +14,7 @@ import httpx
 
 from benchmarks.load import clients
 from benchmarks.load.table import Figure, at_most, exactly, told
-from benchmarks.peers import cpu_seconds
-from benchmarks.service import service
+from benchmarks.service import cpu_seconds, service
 from tests.helpers.seaweed import SeaweedS3
 
 TITLE = "Idle databases"
