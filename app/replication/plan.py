@@ -24,7 +24,10 @@ class Limits:
     log_bytes: int = 64 * MIB
     """With the service away, a log beyond this lets go of the read lock."""
     unsent_bytes: int = 256 * MIB
-    """A service that is behind by more than this is not waited for either."""
+    """A service that is behind by more than this, and by more than the database's size, is not
+    waited for either. An image would be the longer way to catch up until then: a database that is
+    written to while its image is sent would be sent again and again.
+    """
     checkpoint_bytes: int = 4 * MIB
     """A log of this size is copied into the database file, as SQLite itself does by default."""
     carried_bytes: int = 8 * MIB
@@ -201,7 +204,7 @@ def _go_on(view: View, position: Position, lock: Log, limits: Limits) -> Action:
         return SendImage(_why_not(position))
     if log.frames == 0:
         return Wait(caught_up=True)
-    if log.end > limits.unsent_bytes:
+    if log.end > _behind_max(log, limits):
         return LetGo("the service is too far behind")
     return SendWal(0, log.end, position.last_lsn)
 
@@ -209,7 +212,8 @@ def _go_on(view: View, position: Position, lock: Log, limits: Limits) -> Action:
 def _same_log(view: View, position: Position, limits: Limits) -> Action:
     log = view.log
     unsent, carried_max = log.end - position.offset, carried_bytes_max(log, limits)
-    if unsent > limits.unsent_bytes or (log.end > 2 * limits.unsent_bytes and unsent > carried_max):
+    behind_max = _behind_max(log, limits)
+    if unsent > behind_max or (log.end > 2 * behind_max and unsent > carried_max):
         return LetGo("the service is too far behind")
     if view.may_checkpoint and _is_checkpoint_due(view, limits) and unsent <= carried_max:
         return SqliteCheckpoint(position.offset)
@@ -218,6 +222,10 @@ def _same_log(view: View, position: Position, limits: Limits) -> Action:
     if _is_in_the_way(view) or _is_idle_in_the_way(view):
         return StepAside(position.offset)
     return Wait(caught_up=True)
+
+
+def _behind_max(log: Log, limits: Limits) -> int:
+    return max(limits.unsent_bytes, log.page_count * log.page_size)
 
 
 def _step_aside_unsent(view: View, limits: Limits) -> Action:

@@ -148,6 +148,18 @@ def test_a_service_far_behind_is_let_go_too():
     assert isinstance(decide(view(log=log(frames=300 * MIB // 4096)), LIMITS), LetGo)
 
 
+def test_a_log_shorter_than_its_database_is_sent():
+    """What came while a long image was sent: another image would take as long."""
+    frames = 300 * MIB // 4096
+    large = replace(log(frames=frames), page_count=2 * frames)
+    assert isinstance(decide(view(log=large), LIMITS), SendWal)
+    restarted = replace(large, salts=NEW)
+    assert decide(view(log=restarted), LIMITS) == SendWal(0, at(frames), 50)
+    small = replace(large, page_count=frames // 2)
+    assert isinstance(decide(view(log=small), LIMITS), LetGo)
+    assert isinstance(decide(view(log=replace(small, salts=NEW)), LIMITS), LetGo)
+
+
 def test_a_long_log_is_copied_once_little_is_left_to_send():
     frames = 4 * MIB // 4096
     near = Position(last_lsn=50, salts=OLD, offset=at(frames - 5))
