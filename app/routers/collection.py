@@ -11,6 +11,7 @@ from app.core.base.errors import (
     DiskFull,
     ManifestFull,
     NotReady,
+    QueueDrained,
     RemoteUnavailable,
     UnsupportedMediaType,
 )
@@ -41,7 +42,7 @@ _WRITES = (Backpressure, DiskFull, ManifestFull)
     status_code=HTTPStatus.ACCEPTED,
     responses={
         202: {"headers": ACCEPTED_HEADERS},
-        **problems(DatabaseNotFound, RowPinned, *_WRITES),
+        **problems(DatabaseNotFound, RowPinned, QueueDrained, *_WRITES),
     },
 )
 @needs("write")

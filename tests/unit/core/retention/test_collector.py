@@ -130,14 +130,23 @@ async def test_idle_asks_the_store_nothing(bench: Bench) -> None:
     assert bench.owner.confirmed == 0
 
 
-async def test_collection_against_publication(bench: Bench) -> None:
-    """Row 38. Whatever comes first wins, and no row ever names a blob that is deleted."""
+@pytest.mark.parametrize("steps", range(6))
+async def test_collection_against_publication(bench: Bench, steps: int) -> None:
+    """Row 38. Whatever comes first wins, and no row ever names a blob that is deleted. The
+    publication begins some turns of the loop after the collection.
+    """
     db_id = await create_database(bench.store)
     await bench.remote.add("k")
     await bench.store.commit(batch(retire("k", eligible_at_us=NOW)))
     publication = batch(ops.UpsertChunk(row=chunk(db_id, blob=blob("k"))), publish(db_id))
+
+    async def publish_later() -> None:
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        await bench.store.commit(publication)
+
     outcomes = await asyncio.gather(
-        bench.blobs.collect(NOW), bench.store.commit(publication), return_exceptions=True
+        bench.blobs.collect(NOW), publish_later(), return_exceptions=True
     )
     await bench.blobs.collect(NOW + 10_000 * SECOND)
     with bench.store.read() as view:
