@@ -8,12 +8,14 @@ Concurrency: two at once write the same bytes under the same key. Cancellation: 
 Crash: rows say what is stored; the rest is found again.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
 from app.core.base import failpoints
+from app.core.base.errors import BopError, Unavailable
 from app.core.base.events import Events
 from app.core.checkpoint.document_store import store_document
 from app.core.checkpoint.generation_document import GenerationDocument, build_document
@@ -36,16 +38,26 @@ class HistoryObjects:
 
     async def store_missing(self) -> int:
         """Everything whose row says that it is not stored. Returns how many were. Raises
-        RemoteUnavailable, OwnershipLost.
+        RemoteUnavailable and OwnershipLost at once, what concerns a single object behind the rest.
         """
         with self.manifest.read() as view:
             snapshots = [row for row in view.all_snapshots() if not row.document_stored]
             forks = [row for row in view.all_forks() if _first_generation(view, row) is not None]
-        for snapshot in snapshots:
-            await self.store_snapshot(snapshot)
-        for fork in forks:
-            await self.store_fork(fork)
-        return len(snapshots) + len(forks)
+        steps: list[Callable[[], Awaitable[None]]] = [
+            *(partial(self.store_snapshot, row) for row in snapshots),
+            *(partial(self.store_fork, fork) for fork in forks),
+        ]
+        failed: BopError | None = None
+        for step in steps:
+            try:
+                await step()
+            except Unavailable:
+                raise
+            except BopError as error:
+                failed = error
+        if failed is not None:
+            raise failed
+        return len(steps)
 
     async def store_snapshot(self, row: SnapshotRecord) -> None:
         """Raises RemoteUnavailable."""

@@ -268,6 +268,19 @@ async def test_the_document_of_a_fork_is_the_same_however_late_it_is_written(ben
     assert await bench.objects.store_missing() == 0
 
 
+async def test_one_damaged_document_does_not_hold_up_the_others(bench: Bench) -> None:
+    await bench.publish(1, 1)
+    damaged = await bench.forks.create("acme", "db", fork_tenant="acme", fork_database="one")
+    await bench.forks.create("acme", "db", fork_tenant="acme", fork_database="two")
+    with bench.store.read() as view:
+        first = view.generation(damaged.record.db_id, 1)
+    assert first is not None
+    bench.remote.objects[first.document_key] = b"not a document"
+    assert not await bench.upload.run_once()
+    assert len(objects(bench, "generations/acme/two/")) == 1
+    assert bench.remote.objects[first.document_key] == b"not a document"
+
+
 async def test_a_deep_fork_adopts_every_chunk(bench: Bench) -> None:
     await bench.publish(1, 1)
     names = ["db", *(f"f{level}" for level in range(FORK_DEPTH_MAX + 1))]
