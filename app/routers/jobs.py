@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 
 from app.core.base.errors import JobAlreadyEnded, JobNotFound, NotReady
 from app.core.stores.manifest.records import JobKind, JobRecord, JobState
-from app.routers.auth import needs
+from app.routers.auth import needs, require_scope
 from app.routers.deps import WaitQuery, desk_of, services_of
 from app.routers.exchange import exchange_of, principal_of
 from app.routers.openapi import ACCEPTED_HEADERS, problems
@@ -66,13 +66,17 @@ async def show_job(
     status_code=HTTPStatus.ACCEPTED,
     responses={202: {"headers": ACCEPTED_HEADERS}, **problems(JobNotFound, JobAlreadyEnded)},
 )
-@needs("checkpoint")
+@needs("checkpoint", "write")
 async def cancel_job(
     id: JobPath,  # noqa: A002 - the path's name for it
     request: Request,
     response: Response,
 ) -> JobView:
-    """Asks the job to end; one in flight does so at its next step."""
+    """Asks the job to end; one in flight does so at its next step. The scope `write` reaches
+    truncations only, which it can ask for too.
+    """
+    if visible_job(request, id, kinds=None).kind != "truncate_append_only":
+        require_scope(principal_of(request), frozenset({"checkpoint"}))
     return await cancelled_job(request, response, id, kinds=None, base="/jobs")
 
 

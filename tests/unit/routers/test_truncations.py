@@ -5,6 +5,7 @@ import json
 import pytest
 
 from app.core.base.errors import FeatureDisabled, WalLost
+from tests.unit.routers.conftest import Running, bearer, write_tokens
 
 BODY = {"tenant": "acme", "database": "events", "direction": "head", "lsn": 1}
 
@@ -102,3 +103,25 @@ async def test_the_document_shows_how(client):
     assert {"202", "404", "409", "422", "429", "507"} <= posted["responses"].keys()
     body = document["components"]["schemas"]["TruncateBody"]
     assert json.dumps(body["examples"])
+
+
+async def test_who_may_truncate_may_cancel_that_and_nothing_else(tmp_path):
+    tokens = tmp_path / "tokens.json"
+    scopes = {"writer": ["write"], "checkpointer": ["checkpoint"], "reader": ["read"]}
+    write_tokens(tokens, {name: {"scopes": one, "tenants": None} for name, one in scopes.items()})
+    async with Running(data_dir=tmp_path, auth_tokens_file=tokens) as running:
+        running.service.add_database("acme", "events")
+        client, writer = running.client, bearer("writer")
+        for token in ("checkpointer", "reader"):
+            refused = await client.post("/truncations", json=BODY, headers=bearer(token))
+            assert refused.status_code == 403
+        truncation = (await client.post("/truncations", json=BODY, headers=writer)).json()["id"]
+        checkpoint = running.service.add_job().job_id
+        refused = await client.post(f"/jobs/{checkpoint}/cancel", headers=writer)
+        assert (refused.status_code, refused.json()["code"]) == (403, "forbidden")
+        refused = await client.post(f"/jobs/{truncation}/cancel", headers=bearer("reader"))
+        assert refused.status_code == 403
+        told = await client.post(f"/jobs/{truncation}/cancel", headers=writer)
+        assert told.status_code == 202
+        told = await client.post(f"/jobs/{checkpoint}/cancel", headers=bearer("checkpointer"))
+        assert told.status_code == 202
