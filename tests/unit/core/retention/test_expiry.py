@@ -25,7 +25,7 @@ steps = st.lists(
             st.just("publish"),
             number,
             st.integers(0, 1),
-            st.sampled_from(["base", "delta", "delta", "merge", "drop"]),
+            st.sampled_from(["base", "delta", "delta", "merge", "underlay", "drop", "cut"]),
         ),
         st.tuples(st.just("fork"), number, number, st.just("")),
         st.tuples(st.just("expire"), number, number, st.just("")),
@@ -100,6 +100,50 @@ async def check(world: World) -> None:
     assert not reachable & queued.keys()
     assert world.keys - reachable <= queued.keys()
     assert all(queued.values())
+
+
+async def test_a_base_stays_while_a_delta_is_encoded_against_it(world: World) -> None:
+    db_id = await world.create()
+    for action in ("base", "base", "delta", "underlay"):
+        await world.publish(db_id, 0, action)
+    content = world.content(db_id, 4)
+    assert ("delta-1-0-3", "base-1-0-2") in content
+    removed = await world.expiry.expire(db_id, [1, 2, 3])
+    assert (removed.generations, removed.rows) == (3, 1)
+    assert world.content(db_id, 4) == content
+    assert world.named() == {"base-1-0-2", "delta-1-0-3", "underlay-1-0-4"}
+    await world.publish(db_id, 0, "base")
+    await world.expiry.expire(db_id, [4])
+    assert world.named() == {"base-1-0-5"}
+
+
+async def test_a_blob_that_a_fork_has_taken_over_stays(world: World) -> None:
+    db_id = await world.create()
+    await world.publish(db_id, 0, "base")
+    fork = await world.fork(db_id, 1)
+    await world.publish(fork, 0, "delta")  # the fork's own row names the parent's blob now
+    await world.delete(db_id)
+    await world.settle()
+    assert world.alive() == [fork]
+    assert "base-1-0-1" in world.named()
+    assert "base-1-0-1" not in world.queued()
+    assert len(world.content(fork, 2)) == 2
+
+
+async def test_a_deleted_fork_reads_through_its_parent_to_the_end(world: World) -> None:
+    db_id = await world.create()
+    await world.publish(db_id, 0, "base")
+    fork = await world.fork(db_id, 1)
+    world.hold(fork, 1)
+    content = world.content(fork, 1)
+    await world.publish(db_id, 0, "base")
+    await world.delete(fork)
+    await world.expiry.expire(db_id, [1])
+    await world.settle()
+    assert world.content(fork, 1) == content == (("base-1-0-1",),)
+    world.let_go()
+    await world.settle()
+    assert world.named() == {"base-1-0-2"}
 
 
 def test_gaps() -> None:

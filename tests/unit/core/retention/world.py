@@ -77,7 +77,7 @@ class World:
         return self.count
 
     async def publish(self, db_id: int, chunk_id: int, action: str) -> int:
-        """One generation; its number. `base`, `delta`, `merge` or `drop`."""
+        """One generation; its number. `base`, `delta`, `merge`, `drop`, `underlay` or `cut`."""
         with self.store.read() as view:
             database = view.database(db_id)
             assert database is not None
@@ -100,6 +100,15 @@ class World:
             )  # fmt: skip
             new = [ops.UpsertChunkDelta(row=row)]
             self.keys.add(key)
+        elif action == "underlay":  # a new base below deltas that were made against the old one
+            made = ChunkRecord(
+                db_id=db_id, chunk_id=chunk_id, generation=target, blob=blob(key),
+                first=1, last=9, visible_last=9,
+            )  # fmt: skip
+            gone, new = valid, [ops.UpsertChunk(row=made)]
+            self.keys.add(key)
+        elif action == "cut":  # as a head truncation does it
+            gone, new = [*deltas, *valid], []
         else:
             gone = [*deltas, *valid]
             made = ChunkRecord(
