@@ -15,7 +15,7 @@ from fastapi.telemetry import TelemetryConfig
 
 from app.container import Container, open_container
 from app.core.base.clock import Clock, Randomness, SystemClock, SystemRandomness
-from app.core.base.errors import StartRefused
+from app.core.base.errors import InternalError, StartRefused
 from app.core.base.events import Events
 from app.observability.http_metrics import HttpMetrics
 from app.observability.logging import log_sink, route_library_logs
@@ -135,6 +135,9 @@ def create_app(
         except StartRefused as refusal:
             events.error("service.start_refused", detail=str(refusal))
             raise
+        except InternalError as error:  # a format of another version, a row that is damaged
+            events.error("service.start_refused", detail=error.advice)
+            raise StartRefused(error.advice) from error
         finally:
             desk.close()
             await asyncio.to_thread(spool.close_blocking)
