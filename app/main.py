@@ -52,6 +52,7 @@ from app.routers.auth import Authenticator
 from app.routers.bodies import Spool
 from app.routers.deps import Desk
 from app.routers.exchange import current_span
+from app.routers.index import RouteIndex
 from app.routers.middleware import PROBED_PATHS, Edge
 from app.routers.oidc import OidcRules, OidcTokens
 from app.routers.tokens import FileTokens
@@ -162,6 +163,7 @@ def create_app(
     for module in ROUTERS:
         # Not include_router: appends are matched first and in one step.
         app.router.routes.extend(module.router.routes)
+    app.router.middleware_stack = RouteIndex(app.router.routes, otherwise=app.router.app)
     problems.install(app)
     openapi.install(app)
     app.add_middleware(

@@ -13,6 +13,7 @@ from benchmarks import (
     cold_scans,
     collection,
     forks,
+    json_posts,
     libsql,
     manifest,
     page_reads,
@@ -29,6 +30,8 @@ async def measure(word: str, work: Path) -> list[Result]:
         results.append(await appends.large(work))
     if word in "appends-small":
         results.append(await appends.small(work))
+    if word in "json-posts":
+        results += await json_posts.small_posts()
     if word in "checkpoints":
         results += await checkpoints.sixteen_chunks(work)
     if word in "page-reads":
@@ -47,7 +50,7 @@ async def measure(word: str, work: Path) -> list[Result]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    known = "manifest, appends, checkpoints, page-reads, cold-scan, fork, gc, libsql"
+    known = "manifest, appends, json-posts, checkpoints, page-reads, cold-scan, fork, gc, libsql"
     parser.add_argument("only", nargs="?", default="", help=known)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

@@ -88,11 +88,12 @@ class _Connection(asyncio.Protocol):
             self.done.set_exception(error or ConnectionError("the server closed the connection"))
 
 
-def post(path: str, body: bytes, *, content_type: str) -> list[bytes]:
-    """A request in pieces that a socket takes one by one."""
+def post(path: str, body: bytes, *, content_type: str, **headers: str) -> list[bytes]:
+    """A request in pieces that a socket takes one by one. `headers` as in `get`."""
+    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
     head = (
         f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: {content_type}\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
+        f"{lines}Content-Length: {len(body)}\r\n\r\n"
     ).encode()
     view = memoryview(body)
     step = 256 * 1024

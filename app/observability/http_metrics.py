@@ -1,14 +1,11 @@
 """Counts answered requests: the outermost layer, so that refusals count too.
 
-prometheus-fastapi-instrumentator measures and names the route. It matches routes a second time,
-which a small append or the read of a page would pay for with throughput: these are
-counted here directly, under the route that answered them.
+Under the route that answered them, which the router leaves in the scope. A library would match
+routes a second time to find it, and small requests would pay for that with throughput.
 """
 
 import time
 
-from prometheus_fastapi_instrumentator.metrics import Info
-from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.observability.metrics import Metrics
@@ -21,22 +18,11 @@ class HttpMetrics:
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
-        self._instrumented = PrometheusInstrumentatorMiddleware(
-            app,
-            should_group_status_codes=False,
-            instrumentations=[self._count],
-            registry=metrics.registry,
-        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif _is_frequent(scope["method"], scope["path"]):
-            await self._frequent(scope, receive, send)
-        else:
-            await self._instrumented(scope, receive, send)
-
-    async def _frequent(self, scope: Scope, receive: Receive, send: Send) -> None:
+            return
         status = 500
         began = time.perf_counter()
 
@@ -49,23 +35,10 @@ class HttpMetrics:
         try:
             await self._app(scope, receive, counted)
         finally:
+            method = scope["method"]
             self._metrics.on_answer(
-                method=scope["method"],
+                method=method if method in METHODS else "other",
                 template=getattr(scope.get("route"), "path", "none"),
                 status=status,
                 seconds=time.perf_counter() - began,
             )
-
-    def _count(self, info: Info) -> None:
-        self._metrics.on_answer(
-            method=info.method if info.method in METHODS else "other",
-            template=info.modified_handler,
-            status=int(info.modified_status),
-            seconds=info.modified_duration,
-        )
-
-
-def _is_frequent(method: str, path: str) -> bool:
-    return (method == "POST" and path.endswith("/records")) or (
-        method == "GET" and "/pages/" in path
-    )
