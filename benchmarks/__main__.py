@@ -5,6 +5,7 @@ import asyncio
 import shutil
 import sys
 import tempfile
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from benchmarks import (
@@ -22,36 +23,48 @@ from benchmarks import (
 from benchmarks.report import Result, show
 
 
+async def _libsql(work: Path) -> list[Result]:
+    verified = await asyncio.to_thread(wal_verification.verification)
+    return [verified, *await libsql.against_litestream(work)]
+
+
+async def _appends_large(work: Path) -> list[Result]:
+    return [await appends.large(work)]
+
+
+async def _appends_small(work: Path) -> list[Result]:
+    return [await appends.small(work)]
+
+
+async def _manifest(work: Path) -> list[Result]:
+    return [await manifest.batches(work)]
+
+
+MEASURES: Mapping[str, Callable[[Path], Awaitable[list[Result]]]] = {
+    "manifest": _manifest,
+    "appends-large": _appends_large,
+    "appends-small": _appends_small,
+    "json-posts": lambda work: json_posts.small_posts(),
+    "checkpoints": checkpoints.sixteen_chunks,
+    "page-reads": page_reads.page_reads,
+    "cold-scan": cold_scans.cold_scans,
+    "fork": forks.forks,
+    "gc": collection.collection,
+    "libsql": _libsql,
+}
+
+
 async def measure(word: str, work: Path) -> list[Result]:
     results: list[Result] = []
-    if word in "manifest":
-        results.append(await manifest.batches(work))
-    if word in "appends-large":
-        results.append(await appends.large(work))
-    if word in "appends-small":
-        results.append(await appends.small(work))
-    if word in "json-posts":
-        results += await json_posts.small_posts()
-    if word in "checkpoints":
-        results += await checkpoints.sixteen_chunks(work)
-    if word in "page-reads":
-        results += await page_reads.page_reads(work)
-    if word in "cold-scan":
-        results += await cold_scans.cold_scans(work)
-    if word in "fork":
-        results += await forks.forks(work)
-    if word in "gc":
-        results += await collection.collection(work)
-    if word in "libsql":
-        results.append(await asyncio.to_thread(wal_verification.verification))
-        results += await libsql.against_litestream(work)
+    for name, run in MEASURES.items():
+        if word in name:
+            results += await run(work)
     return results
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    known = "manifest, appends, json-posts, checkpoints, page-reads, cold-scan, fork, gc, libsql"
-    parser.add_argument("only", nargs="?", default="", help=known)
+    parser.add_argument("only", nargs="?", default="", help=", ".join(MEASURES))
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="bop-bench-", dir=Path.cwd()))  # the disk that is used
