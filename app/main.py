@@ -56,7 +56,7 @@ from app.routers.index import RouteIndex
 from app.routers.middleware import PROBED_PATHS, Edge
 from app.routers.oidc import OidcRules, OidcTokens
 from app.routers.tokens import FileTokens
-from app.serving.server import OrderlyServer
+from app.serving.server import OrderlyServer, raise_descriptor_limit
 from app.settings import Settings
 
 VERSION = "0.1.0"
@@ -245,6 +245,7 @@ def serve(settings: Settings) -> int:
     except StartRefused as refusal:
         events.error("service.start_refused", detail=str(refusal))
         return EXIT_FAILED
+    raise_descriptor_limit()
     server = OrderlyServer(app, settings, events=events)
     try:
         server.run()

@@ -1,4 +1,6 @@
-"""Is it alive, is it ready, what does it count. Open to all: nothing of a tenant is told."""
+"""Is it alive, is it ready, what does it count. Open to all: nothing of a tenant is told but the
+names of databases, within `BOP_METRICS_DATABASES_MAX`.
+"""
 
 from http import HTTPStatus
 

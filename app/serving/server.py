@@ -4,6 +4,7 @@ its own for operators where that is asked for.
 
 import asyncio
 import functools
+import resource
 import signal
 import socket
 from types import FrameType
@@ -17,6 +18,16 @@ from app.serving.protocol import ConnectionLimits, GuardedProtocol
 from app.settings import Settings
 
 TICKS_A_SECOND = 10  # uvicorn's
+DESCRIPTORS_WANTED = 65_536
+"""For connections, segments, cached files; the shell's usual soft limit is 1,024."""
+
+
+def raise_descriptor_limit() -> None:
+    """The soft limit, as far as the hard one allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS_WANTED if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_WANTED)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class OrderlyServer(uvicorn.Server):

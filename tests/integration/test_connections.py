@@ -5,10 +5,12 @@ headers. The service answers others meanwhile, and keeps nothing.
 import asyncio
 import hashlib
 import json
+import resource
 
 import pytest
 
 from tests.conftest import MakeServer
+from tests.helpers.launch import NewInterpreter
 from tests.helpers.ports import free_port
 from tests.helpers.raw_http import RawConnection, told
 from tests.helpers.server import ServerProcess
@@ -259,3 +261,11 @@ async def test_forwarded_addresses_are_believed_of_named_proxies_only(
 
     await wait_until(lambda: bool(logged()))
     assert logged() == [shown]
+
+
+async def test_the_descriptor_limit_is_raised_as_far_as_it_may(make_server: MakeServer):
+    limited = NewInterpreter("sh", "-c", 'ulimit -Hn 2048; ulimit -Sn 256; exec "$@"', "sh")
+    server = make_server(launcher=limited)
+    await server.start()
+    assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (2048, 2048)
+    assert await server.terminate() == 0
