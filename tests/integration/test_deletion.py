@@ -108,7 +108,7 @@ async def test_what_is_being_read_goes_only_afterwards(make_server: MakeServer) 
     await server.start()
     client = server.client
     await create(client)
-    records = [bytes([number]) * 60_000 for number in range(200)]
+    records = [bytes([number]) * 60_000 for number in range(250)] * 2
     for start in range(0, len(records), 20):
         await append(client, *records[start : start + 20])
     await checkpoint(client)

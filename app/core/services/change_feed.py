@@ -82,6 +82,8 @@ class ChangeFeed:
         found: list[ChangeRecord] = []
         acknowledged = self.get(principal, name).record.acknowledged
         position = acknowledged if after is None else max(after, acknowledged)
+        # All that was given has been acknowledged: what may not be seen next need not wait.
+        may_skip = position == acknowledged
         hidden_count = 0
         while True:
             changes = await self._load(name, position)
@@ -90,13 +92,13 @@ class ChangeFeed:
                 if not sees(change.tenant):
                     hidden_count += not found
                     continue
-                if not found and hidden_count >= READ_AT_ONCE and after is None:
+                if not found and hidden_count >= READ_AT_ONCE and may_skip:
                     await self.ack(principal, name, position - 1)
                 found.append(change)
                 if len(found) == limit:
                     return found
             if len(changes) < READ_AT_ONCE:
-                if not found and hidden_count >= READ_AT_ONCE and after is None:
+                if not found and hidden_count >= READ_AT_ONCE and may_skip:
                     await self.ack(principal, name, position)
                 return found
 

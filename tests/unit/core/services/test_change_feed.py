@@ -67,8 +67,8 @@ async def test_unseen_changes_are_passed_over_and_do_not_hold_the_log(
     feed = ChangeFeed(store)
     await feed.put("p", "c", "start")
 
-    async def read() -> list[int]:
-        found = await feed.read("p", "c", limit=10, after=None, sees=lambda one: one == "acme")
+    async def read(after: int | None = None) -> list[int]:
+        found = await feed.read("p", "c", limit=10, after=after, sees=lambda one: one == "acme")
         return [one.sequence for one in found]
 
     for name in "abcd":
@@ -80,6 +80,13 @@ async def test_unseen_changes_are_passed_over_and_do_not_hold_the_log(
     await create_database(store)
     assert await read() == [8] == await read()
     assert feed.get("p", "c").record.acknowledged == 7
+    for name in "efgh":
+        await create_database(store, name=name, tenant="zeta")
+    assert await read(8) == []
+    assert feed.get("p", "c").record.acknowledged == 7  # 8 was given, but not acknowledged
+    await feed.ack("p", "c", 8)
+    assert await read(8) == []
+    assert feed.get("p", "c").record.acknowledged == 12
 
 
 async def test_following_goes_on_as_changes_come(store: ManifestStore) -> None:
