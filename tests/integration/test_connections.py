@@ -264,7 +264,7 @@ async def test_forwarded_addresses_are_believed_of_named_proxies_only(
 
 
 async def test_the_descriptor_limit_is_raised_as_far_as_it_may(make_server: MakeServer):
-    limited = NewInterpreter("sh", "-c", 'ulimit -Hn 2048; ulimit -Sn 256; exec "$@"', "sh")
+    limited = NewInterpreter("sh", "-c", 'ulimit -Sn 256; ulimit -Hn 2048; exec "$@"', "sh")
     server = make_server(launcher=limited)
     await server.start()
     assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (2048, 2048)
