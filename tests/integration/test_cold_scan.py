@@ -6,6 +6,7 @@ import random
 import socket
 import sys
 import time
+from http.client import HTTPResponse
 
 import httpx
 import pytest
@@ -242,11 +243,17 @@ async def test_damage_ends_a_scan_with_an_error_frame(server: ServerProcess):
 class SlowReader:
     """A socket that asks for a scan and reads only when it is told to."""
 
-    def __init__(self, server: ServerProcess, query: str = "") -> None:
+    def __init__(self, server: ServerProcess, query: str = "", *, buffer_bytes: int = 4096) -> None:
         self.socket = socket.create_connection(("127.0.0.1", server.port))
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
         path = f"/cold-scan?tenant=acme&database=app{query}"
         self.socket.sendall(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+
+    def read_all(self) -> bytes:
+        answer = HTTPResponse(self.socket)
+        answer.begin()
+        with self.socket:
+            return answer.read()
 
 
 async def test_a_reader_that_vanishes_or_crawls_is_cut_off(make_server: MakeServer):
@@ -379,3 +386,35 @@ async def test_the_flag_of_a_tenant_refuses_it(server: ServerProcess):
     assert (answer.status_code, answer.json()["code"]) == (409, "feature_disabled")
     assert (await client.patch(flags, json={"enable_cold_scan": True})).status_code == 200
     assert content(await scan(client)) == await image_at(client, 1)
+
+
+async def test_a_generation_stays_until_its_scan_ends(make_server: MakeServer):
+    """Fault row 39: the collector meets a running scan."""
+    server = make_server(settings={"BOP_GC_GRACE_SECONDS": "0"})
+    await server.start()
+    client, source = server.client, random.Random(12)
+    await create(client, compression="none", chunk_bytes=1024 * 1024)
+    rule = {"retention": {"keep_generations": 1, "keep_seconds": None, "minimum_generations": 1}}
+    assert (await client.patch(DATABASE, json=rule)).status_code == 200
+    pages = 4096  # more than fits into the sockets' buffers: what is not read is not sent
+    await put(client, image_of(source, pages))
+    await checkpoint(client)
+    first = await image_at(client, 1)
+    reader = SlowReader(server, buffer_bytes=65536)
+    await put(client, image_of(source, pages))
+    await checkpoint(client)  # every chunk is rewritten: nothing else needs the first ones
+    for _ in range(2):
+        assert (await client.post("/admin/gc/run", json={})).status_code < 300
+    assert await metric(client, "cold_scans_active") == 1
+    frames = FrameDecoder().feed(await asyncio.to_thread(reader.read_all))
+    assert content(frames) == first
+
+    async def expired() -> bool:
+        assert (await client.post("/admin/gc/run", json={})).status_code < 300
+        params = {"tenant": "acme", "database": "app", "generation": 1}
+        answer = await client.get("/cold-scan", params=params)
+        return answer.status_code == 410 and answer.json()["code"] == "generation_expired"
+
+    await wait_until(expired)
+    assert content(await scan(client)) == await image_at(client, 2)
+    await check_fsck(server)
