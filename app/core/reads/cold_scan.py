@@ -25,8 +25,10 @@ from app.core.reads.record_pieces import RecordForm, render_records
 from app.core.reads.scan_plan import ChunkScan, PageScan
 from app.core.stores.manifest.store import ManifestStore
 
-READ_AHEAD_WINDOWS = 8
-READ_AHEAD_BYTES = 8 * 1024 * 1024
+WINDOW_BYTES = 2 * 1024 * 1024
+"""Large, for all of it is wanted: a request costs as much CPU time as half a MiB."""
+READ_AHEAD_WINDOWS = 5
+READ_AHEAD_BYTES = READ_AHEAD_WINDOWS * WINDOW_BYTES
 OPEN_AHEAD = 4
 DIRECTORIES_BYTES = 4 * 1024 * 1024
 LAYOUTS_BYTES = 1024 * 1024
@@ -75,6 +77,7 @@ class ColdScanReader:
             pool=self._pool,
             clock=self._clock,
             events=self._events,
+            window_bytes=WINDOW_BYTES,
             read_ahead_windows=READ_AHEAD_WINDOWS,
             directories_bytes=DIRECTORIES_BYTES,
         )
@@ -135,7 +138,7 @@ async def _windows(
 ) -> AsyncGenerator[tuple[ChunkScan, Log, Window], None]:
     """A chunk without a cached file has nothing to be closed."""
     async for scan, log in opened:
-        for window in log.layout.windows(scan.first_lsn, scan.last_lsn):
+        for window in log.layout.windows(scan.first_lsn, scan.last_lsn, target_bytes=WINDOW_BYTES):
             yield scan, log, window
 
 
