@@ -295,7 +295,7 @@ class HistoryMachine(RuleBasedStateMachine):
 
     def snapshot(self, database: DatabaseModel, at: int, *, newest: bool) -> None:
         self.sync_merges(database)
-        numbers = sorted(database.generations)
+        numbers = database.kept
         name = f"s{len(database.snapshots)}-{at}"
         body: dict[str, Any] = {"name": name}
         wanted = database.newest
@@ -325,7 +325,7 @@ class HistoryMachine(RuleBasedStateMachine):
         if len(self.databases) >= DATABASES_MAX:
             return
         self.sync_merges(database)
-        numbers = sorted(database.generations)
+        numbers = database.kept
         name = self._new_name()
         body: dict[str, Any] = {"database": name}
         if numbers:
@@ -446,12 +446,13 @@ class HistoryMachine(RuleBasedStateMachine):
             ]
             for selector, held in selectors:
                 if database.engine == "append_only":
-                    assert self.scan_records(database, selector) == dict(held.records)
+                    found = self.scan_records(database, selector)
+                    assert found == dict(held.records), (database.name, selector)
                 else:
                     answer = self.world.request(
                         "GET", f"{self.path(database.name)}/image", params=selector
                     )
-                    assert answer.content == held.image
+                    assert answer.content == held.image, (database.name, selector)
             if (
                 database.newest > 1
                 and 1 not in database.generations

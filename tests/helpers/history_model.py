@@ -86,15 +86,18 @@ class DatabaseModel:
         if first_lsn is not None:
             self.first_lsn = max(self.first_lsn, first_lsn)
 
-    def collect(self) -> None:
-        """What no rule and no snapshot keeps is gone."""
+    @property
+    def kept(self) -> list[int]:
+        """What a rule or a snapshot keeps; others may be collected at any time."""
         pinned = set(self.snapshots.values())
-        newest = self.newest
-        self.generations = {
-            number: held
-            for number, held in self.generations.items()
-            if number in pinned or self.retention.keeps(behind=newest - number)
-        }
+        return [
+            number
+            for number in sorted(self.generations)
+            if number in pinned or self.retention.keeps(behind=self.newest - number)
+        ]
+
+    def collect(self) -> None:
+        self.generations = {number: self.generations[number] for number in self.kept}
 
     def fork(
         self, name: str, generation: int, *, next_lsn: int, first_lsn: int, own: int

@@ -244,10 +244,17 @@ def adopt_every_chunk(rows: WriteRows, db_id: int) -> None:
 
 def leave_drop(rows: WriteRows, gone: ChunkRecord) -> None:
     """Called when a base or drop went: if that was the last row of a chunk which would fall
-    through to the parent again, a drop takes its place.
+    through to the parent again, a drop takes its place. In a deleted database only where a fork
+    of it would then see through.
     """
     database = rows.get(DATABASES, number_key(gone.db_id))
-    if database is None or database.state == "tombstoned" or parent_of(rows, gone.db_id) is None:
+    if database is None or parent_of(rows, gone.db_id) is None:
+        return
+    if database.state == "tombstoned" and not any(
+        _falls_through(rows, fork.child_db_id, gone.chunk_id) for fork in forks_of(rows, gone.db_id)
+    ):
+        return
+    if not chunk_rows(rows, gone.db_id, gone.chunk_id).bases:
         return
     if _own(rows, gone.db_id, gone.chunk_id).bases:
         return

@@ -302,6 +302,17 @@ def test_a_deleted_fork_needs_rows_only_for_its_own_forks(family: House) -> None
         family.apply(ops.RemoveDatabase(db_id=1))
 
 
+def test_what_a_deleted_fork_cut_off_stays_cut_off_in_its_forks(family: House) -> None:
+    family.delete(3)
+    family.change(2, 0, "cut")
+    child = family.fork(2, family.copies[2].newest)
+    family.delete(2)
+    family.check()
+    family.delete(child)
+    family.collect(2)
+    assert not family.rows.scan(CHUNKS, number_key(2)), "and nothing is pinned for ever"
+
+
 async def test_refusals_inside_the_transaction(store: ManifestStore) -> None:
     db_id = await create_database(store)
     await store.commit(batch(ops.UpsertChunk(row=chunk(db_id)), publish(db_id)))
