@@ -254,8 +254,6 @@ def leave_drop(rows: WriteRows, gone: ChunkRecord) -> None:
         _falls_through(rows, fork.child_db_id, gone.chunk_id) for fork in forks_of(rows, gone.db_id)
     ):
         return
-    if not chunk_rows(rows, gone.db_id, gone.chunk_id).bases:
-        return
     if _own(rows, gone.db_id, gone.chunk_id).bases:
         return
     if not inherited_rows(rows, gone.db_id, gone.chunk_id).bases:
