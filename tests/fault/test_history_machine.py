@@ -40,7 +40,7 @@ from tests.helpers.workload import RECORDS, frame, unframe
 T = TypeVar("T")
 
 STEPS_MIN = 2_000
-EXAMPLES, STEPS = 44, 50
+EXAMPLES, STEPS = 36, 50
 PAGE, CHUNK_BYTES = 512, 65_536
 PAGES_MAX = 3 * CHUNK_BYTES // PAGE
 DATABASES_MAX = 6

@@ -331,8 +331,7 @@ def _check_catalogue(seen: _Manifest, notes: _Notes) -> None:
         if newest is not None and newest.generation != record.generation:
             notes.add("I14", where, "the newest generation is not the database's")
         stored = [row.last_lsn for row in generations if row.document_stored]
-        is_alive = record.state != "tombstoned"  # what forks need of it is in their own documents
-        if is_alive and record.checkpointed_lsn > max(stored, default=0):
+        if record.checkpointed_lsn > max(stored, default=0):
             notes.add("I3", where, "checkpointed_lsn says more than the bucket holds")
         rows = [row for row in seen.rows if row.db_id == record.db_id and row.blob is not None]
         _check_chunks(record, rows, notes)
