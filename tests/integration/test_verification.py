@@ -14,6 +14,7 @@ from tests.conftest import MakeServer
 from tests.helpers.failpoints import kill_at
 from tests.helpers.scans import content, scan
 from tests.helpers.server import ServerProcess
+from tests.helpers.wait import wait_until
 
 DATABASE = "/tenants/acme/databases/app"
 CHUNK_BYTES = 65536
@@ -311,4 +312,21 @@ async def test_a_damaged_blob_is_never_admitted(make_server: MakeServer, gone: b
     assert list((server.data_dir / "hot_cache" / "incoming").iterdir()) == []
     blob.write_bytes(sound)
     assert (await downloaded(server.client))["result"]["outcome"] == "hydrated"
+    await check_fsck(server)
+
+
+async def test_a_service_verifies_by_itself_where_it_is_told_to(make_server: MakeServer):
+    server = make_server(settings={"BOP_VERIFY_INTERVAL_SECONDS": "0.1"})
+    await server.start()
+    client = server.client
+    await make(client, chunks=2)
+
+    async def is_verified() -> bool:
+        return await verified_at(client) is not None
+
+    await wait_until(is_verified)
+    jobs = (await client.get("/jobs", params={"kind": "verify_manifest"})).json()["items"]
+    assert [(job["reason"], job["result"]["outcome"]) for job in jobs] == [
+        ("scheduled", "verified")
+    ]
     await check_fsck(server)
