@@ -45,15 +45,23 @@ lint: setup ## format, lint, types, import contracts
 check: lint ## lint, and the unit tests
 	$(PYTEST) tests/unit -n $(WORKERS) -q
 
+.PHONY: tools
+tools: setup ## what has no place among the pins: promtool, strace, checkov
+	@ops/tools.sh
+
 .PHONY: test
-test: lint ## all of it: lint, unit, integration and fault tests, with coverage
+test: lint tools ## all of it: lint, unit, integration and fault tests, with coverage
 	rm -f .coverage .coverage.*
-	$(PYTEST) tests/unit tests/integration -n $(WORKERS) --dist loadgroup -q --cov=app --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
+	$(PYTEST) tests/unit tests/integration tests/ops -n $(WORKERS) --dist loadgroup -q --cov=app --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
 	$(PYTEST) tests/fault -n $(WORKERS) --dist loadgroup -q
 
 .PHONY: fault
 fault: setup ## kills, power cuts, disk and network faults
 	$(PYTEST) tests/fault -n $(WORKERS) --dist loadgroup -q
+
+.PHONY: dashboards
+dashboards: setup ## make the Grafana dashboards, and the chart's copies of them and of the alerts
+	$(BIN)/python -m ops.grafana.generate
 
 .PHONY: bench
 bench: setup ## ratios against raw ceilings measured in the same run

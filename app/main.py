@@ -218,7 +218,9 @@ def gauges_of(container: Container, desk: Desk) -> dict[str, Callable[[], float]
     return {
         "checkpoint_queue_depth": gauges.queue_depth,
         "wal_bytes": gauges.wal_bytes,
+        "wal_budget_bytes": gauges.wal_budget_bytes,
         "storage_quota_used_bytes": gauges.quota_used_bytes,
+        "storage_quota_limit_bytes": gauges.quota_limit_bytes,
         "hot_cache_bytes": gauges.hot_cache_bytes,
         "page_cache_bytes": gauges.page_cache_bytes,
         "cold_scans_active": gauges.cold_scans,

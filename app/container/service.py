@@ -80,7 +80,9 @@ class Gauges:
 
     queue_depth: Callable[[], float]
     wal_bytes: Callable[[], float]
+    wal_budget_bytes: Callable[[], float]
     quota_used_bytes: Callable[[], float]
+    quota_limit_bytes: Callable[[], float]
     hot_cache_bytes: Callable[[], float]
     page_cache_bytes: Callable[[], float]
     cold_scans: Callable[[], float]

@@ -149,7 +149,7 @@ async def open_container(
         )
         container = Container(
             _services(settings, ground, storage, work, claim, upload, events=events),
-            _gauges(storage, work),
+            _gauges(settings, storage, work),
             claim=claim,
             job_loop=work.loop,
             events=events,
@@ -576,11 +576,13 @@ def _services(
     )
 
 
-def _gauges(storage: _Storage, work: _Work) -> Gauges:
+def _gauges(settings: Settings, storage: _Storage, work: _Work) -> Gauges:
     return Gauges(
         queue_depth=lambda: work.queue.depth,
         wal_bytes=lambda: sum(log.wal_bytes for log in storage.wal.logs()),
+        wal_budget_bytes=lambda: settings.wal_budget_bytes,
         quota_used_bytes=lambda: storage.quota.snapshot().global_used_bytes,
+        quota_limit_bytes=lambda: storage.quota.snapshot().global_limit_bytes,
         hot_cache_bytes=lambda: storage.hot_cache.stats().used_bytes,
         page_cache_bytes=lambda: storage.page_cache.stats().used_bytes,
         cold_scans=lambda: storage.limiter.active_scans,

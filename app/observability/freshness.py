@@ -41,6 +41,11 @@ class FreshnessCollector(Collector):
             "WAL that would be lost with this disk.",
             value=float(sum(one.unpublished_bytes for one in seen)),
         )
+        yield GaugeMetricFamily(
+            "databases_unhealthy",
+            "Databases with damaged or lost WAL, or a generation that failed verification.",
+            value=float(sum(not one.healthy for one in seen)),
+        )
         yield GaugeMetricFamily("databases", "Databases that live here.", value=float(len(seen)))
         yield from self._by_database(seen[: self._databases_max])
 

@@ -189,6 +189,8 @@ class Metrics:
             for name, text in (
                 ("checkpoint_queue_depth", "Jobs that wait or run."),
                 ("wal_bytes", "Bytes of WAL on the local disk."),
+                ("wal_budget_bytes", "What the WAL may take of the local disk."),
+                ("storage_quota_limit_bytes", "The global limit of the local disk's use."),
                 ("storage_quota_used_bytes", "Bytes reserved or used on the local disk."),
                 ("hot_cache_bytes", "Bytes of blobs kept on the local disk."),
                 ("page_cache_bytes", "Bytes of pages kept in memory."),

@@ -97,7 +97,7 @@ async def test_every_metric_that_is_asked_for_exists(server: ServerProcess):
 
 def test_generated_files_are_what_is_committed():
     for path, text in made().items():
-        assert path.read_text() == text, f"{path}: python -m ops.grafana.generate"
+        assert path.read_text() == text, f"{path}: make dashboards"
 
 
 def test_compose_mounts_files_that_exist():

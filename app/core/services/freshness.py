@@ -26,6 +26,8 @@ class DatabaseFreshness:
     unpublished_age_seconds: float
     """The same while there is WAL beyond it; 0 while the bucket has everything."""
     unpublished_bytes: int
+    healthy: bool = True
+    """Neither its WAL nor a generation of it is damaged or lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,7 @@ class Freshness:
             remote_age_seconds=age_seconds,
             unpublished_age_seconds=age_seconds if behind else 0.0,
             unpublished_bytes=log.unpublished_bytes if behind else 0,
+            healthy=record.health == "ok" and log.health == "ok",
         )
 
 
