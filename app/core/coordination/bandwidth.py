@@ -147,10 +147,6 @@ class RemoteReadLimiter:
     def active_scans(self) -> int:
         return sum(tenant.scans for tenant in self._tenants.values())
 
-    @property
-    def paused(self) -> bool:
-        return bool(self._tenants) and self._pause.is_open()
-
     @asynccontextmanager
     async def scan(
         self, tenant: str, *, bytes_per_second: int | None, priority: Priority
@@ -201,6 +197,8 @@ class RemoteReadLimiter:
     def _grant(self, tenant: _Tenant) -> None:
         """Grants what can be, and sees to being called again when that changes with time."""
         wait_seconds: float | None = None
+        # One that was cancelled just now has not run yet, and takes itself out when it does.
+        tenant.waiting = [ticket for ticket in tenant.waiting if not ticket.granted.done()]
         while tenant.waiting and self._has_request(tenant):
             if self._pause.is_open():
                 wait_seconds = PAUSE_SECONDS

@@ -45,10 +45,7 @@ class HeldGeneration:
     database: DatabaseRecord
     generation: int
     blobs: list[BlobRef]
-
-    @property
-    def bytes(self) -> int:
-        return sum(blob.bytes for blob in self.blobs)
+    bytes: int
 
 
 @contextmanager
@@ -70,6 +67,11 @@ def held_generation(
         blobs = blobs_of(view, job.db_id, generation)
         unpin = pins.pin(job.db_id, generation)
     try:
-        yield HeldGeneration(database=database, generation=generation, blobs=blobs)
+        yield HeldGeneration(
+            database=database,
+            generation=generation,
+            blobs=blobs,
+            bytes=sum(blob.bytes for blob in blobs),
+        )
     finally:
         unpin()

@@ -60,11 +60,15 @@ class VerifyManifest:
         with held_generation(parts.manifest, parts.pins, job) as held:
             known = await parts.manifest.read_in_thread(lambda view: ledger_of(view, job, held))
             done = {record.key: record for record in known}
+            tally = _Tally()
+            for record in known:
+                tally.add(record)
             for blob in held.blobs:
                 if blob.key not in done:
                     record = await self._verify(context, blob)
                     done[blob.key] = record
-                    await self._note(context, held, record, done)
+                    tally.add(record)
+                    await self._note(context, held, record, tally)
             return await self._conclude(context, held, list(done.values()))
 
     async def abandon(self, context: JobContext) -> tuple[tuple[Op, ...], dict[str, Any]]:
@@ -109,7 +113,7 @@ class VerifyManifest:
         context: JobContext,
         held: HeldGeneration,
         record: VerificationRecord,
-        done: Mapping[str, VerificationRecord],
+        tally: "_Tally",
     ) -> None:
         ops: list[Op] = [PutVerification(record=record)]
         if record.outcome in _BAD:
@@ -118,10 +122,10 @@ class VerifyManifest:
             if database is not None and database.health == "ok":
                 ops.append(SetHealth(db_id=database.db_id, health="unhealthy_generation"))
         progress = Progress(
-            staged_chunks=len(done),
-            uploaded_blobs=sum(one.outcome == "repaired" for one in done.values()),
+            staged_chunks=tally.blobs,
+            uploaded_blobs=tally.repaired,
             total_chunks=len(held.blobs),
-            uploaded_bytes=sum(one.bytes for one in done.values()),
+            uploaded_bytes=tally.bytes,
             total_bytes=held.bytes,
         )
         await context.update(
@@ -172,6 +176,18 @@ class VerifyManifest:
             outcome=verdict.outcome,
             detail=verdict.detail,
         )
+
+
+@dataclass(slots=True)
+class _Tally:
+    blobs: int = 0
+    repaired: int = 0
+    bytes: int = 0
+
+    def add(self, record: VerificationRecord) -> None:
+        self.blobs += 1
+        self.repaired += record.outcome == "repaired"
+        self.bytes += record.bytes
 
 
 def ledger_of(view: ManifestView, job: JobRecord, held: HeldGeneration) -> list[VerificationRecord]:
