@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import httpx
@@ -9,10 +10,12 @@ import pytest
 
 from app.container import fsck
 from app.core.formats.record_framing import pack_records
+from app.core.stores.remote.s3_client import S3Options, open_client
 from app.settings import Settings
 from tests.conftest import MakeServer
 from tests.helpers.failpoints import kill_at
 from tests.helpers.scans import content, scan
+from tests.helpers.seaweed import SeaweedS3
 from tests.helpers.server import ServerProcess
 from tests.helpers.wait import wait_until
 
@@ -330,3 +333,34 @@ async def test_a_service_verifies_by_itself_where_it_is_told_to(make_server: Mak
         ("scheduled", "verified")
     ]
     await check_fsck(server)
+
+
+async def test_objects_of_a_bucket_are_mended(
+    make_server: MakeServer, seaweed: SeaweedS3, monkeypatch: pytest.MonkeyPatch
+):
+    """Fault rows 35 and 36 on S3: one object is overwritten, one deleted."""
+    for name, value in seaweed.environment().items():
+        monkeypatch.setenv(name, value)
+    bucket = seaweed.bucket()
+    server = make_server(
+        settings={
+            "BOP_REMOTE_URL": f"s3://{bucket}/kept",
+            "BOP_S3_ENDPOINT_URL": seaweed.endpoint,
+            **seaweed.environment(),
+        }
+    )
+    await server.start()
+    client = server.client
+    keys = await make(client, chunks=4)
+    options = S3Options(bucket=bucket, endpoint_url=seaweed.endpoint, region=seaweed.region)
+    async with AsyncExitStack() as stack:
+        s3 = await open_client(stack, options)
+        await s3.put_object(Bucket=bucket, Key=f"kept/{keys[0]}", Body=b"something else")
+        await s3.delete_object(Bucket=bucket, Key=f"kept/{keys[2]}")
+    job = await verified(client)
+    assert job["state"] == "completed", job
+    assert {one["key"] for one in job["result"]["findings"]} == {keys[0], keys[2]}
+    assert job["result"]["repaired_blobs"] == 2
+    assert (await verified(client))["result"]["repaired_blobs"] == 0
+    report = (await client.get("/debug/manifest/fsck")).json()
+    assert report["findings"] == []
