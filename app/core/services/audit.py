@@ -72,7 +72,7 @@ class Audit:
 
     async def end(self, sequence: int | None, action: AdminAction, end: ActionEnd) -> None:
         """How it ended. The action has happened: that this cannot be recorded does not undo it."""
-        self._events.warning(
+        self._events.info(
             "admin.acted",
             principal=action.principal,
             action=action.action,
