@@ -6,7 +6,6 @@ fails validation is recorded too, as refused. Cancellation: the outcome stays un
 Concurrency, crash: see `core/services/audit.py`.
 """
 
-import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -34,9 +33,7 @@ def audited(handle: Handle, *, template: str) -> Handle:
         sequence = await audit.begin(action)
         try:
             response = await handle(request)
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:
+        except Exception as error:
             await audit.end(sequence, action, _end_by(error))
             raise
         await audit.end(
@@ -88,7 +85,7 @@ def _short(reason: object) -> str | None:
     return reason[:REASON_CHARS] if isinstance(reason, str) else None
 
 
-def _end_by(error: BaseException) -> ActionEnd:
+def _end_by(error: Exception) -> ActionEnd:
     if isinstance(error, RequestValidationError):
         error = InvalidRequest()
     if not isinstance(error, BopError):
