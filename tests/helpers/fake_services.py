@@ -173,7 +173,9 @@ class FakeService:
         self.gauges = SimpleNamespace(
             queue_depth=lambda: 3.0,
             wal_bytes=lambda: 4096.0,
+            wal_budget_bytes=lambda: 65536.0,
             quota_used_bytes=lambda: 8192.0,
+            quota_limit_bytes=lambda: 65536.0,
             hot_cache_bytes=lambda: 0.0,
             page_cache_bytes=lambda: 0.0,
             cold_scans=lambda: 0.0,
