@@ -130,6 +130,8 @@ async def test_forced_release_fences_the_holder(make_server, seaweed, proxy, tmp
     (refused,) = [line for line in lines if line["event"] == "checkpoint.replanning"]
     assert "lease_lost" in refused["detail"]
     await assert_whole(server)
+    job = (await server.client.get(f"/checkpoints/{job_id}")).json()
+    assert job["result"]["checkpoint_id"].endswith(f"{job_id}-1"), "a new plan has keys of its own"
     audit = (await server.client.get("/admin/audit")).json()["items"]
     assert [(one["principal"], one["outcome"], one["code"]) for one in audit] == [
         ("ann", "refused", "lease_not_found"),

@@ -39,6 +39,14 @@ def new_ulid(clock: Clock, randomness: Randomness) -> str:
     return "".join(_CROCKFORD[(value >> shift) & 31] for shift in range(125, -5, -5))
 
 
-def checkpoint_id(*, generation: int, epoch: int, job_id: JobId) -> CheckpointId:
-    """Fixed when a job plans: two attempts of one plan agree, two jobs never collide (I17)."""
-    return CheckpointId(f"{generation:010d}-{epoch:06d}-{job_id}")
+def checkpoint_id(*, generation: int, epoch: int, job_id: JobId, replans: int = 0) -> CheckpointId:
+    """Fixed when a job plans: two attempts of one plan agree; two jobs, or two plans of one job,
+    never collide (I7, I17).
+    """
+    plan = f"-{replans}" if replans else ""
+    return CheckpointId(f"{generation:010d}-{epoch:06d}-{job_id}{plan}")
+
+
+def job_of(checkpoint_id: str) -> str:
+    """The job that an intact checkpoint id is of."""
+    return checkpoint_id.split("-")[2]

@@ -287,7 +287,12 @@ class CheckpointExecutor:
         await self._clean_up(hold)
         await hold.update(
             reason="checkpoint.replanning",
-            changes={"plan": None, "intents": (), "progress": Progress()},
+            changes={
+                "plan": None,
+                "intents": (),
+                "progress": Progress(),
+                "replans": hold.job.replans + 1,  # other keys: the old ones are on their way out
+            },
             ops=self._retire(hold.job),
         )
 

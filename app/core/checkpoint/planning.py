@@ -9,14 +9,14 @@ from dataclasses import replace
 from typing import Protocol
 
 from app.core.base.errors import InvariantViolation
-from app.core.base.ids import JobId, checkpoint_id
+from app.core.base.ids import CheckpointId, JobId, checkpoint_id
 from app.core.checkpoint.page_planning import PlanningParts, committed_segments, load_changes
 from app.core.checkpoint.parts import CheckpointLimits, CheckpointParts
 from app.core.coordination.flags import flags_of
 from app.core.engines.append_only.coalescing import plan_coalescing
 from app.core.engines.base import CheckpointPlan, PageChanges, PlannerContext, SegmentView
 from app.core.engines.planning import plan_checkpoint
-from app.core.stores.manifest.records import JobRecord
+from app.core.stores.manifest.records import DatabaseRecord, JobRecord
 
 
 class Planning(Protocol):
@@ -75,9 +75,7 @@ class CheckpointPlanning:
                     for info in segments
                     if rows[info.segment_id].state == "sealed"
                 ),
-                checkpoint_id=checkpoint_id(
-                    generation=database.generation + 1, epoch=epoch, job_id=JobId(job.job_id)
-                ),
+                checkpoint_id=_checkpoint_id_of(job, database, epoch),
                 epoch=epoch,
                 pages=changes,
                 limits=replace(self._limits.deltas, enabled=with_deltas),
@@ -105,8 +103,15 @@ class CoalescingPlanning:
             database,
             chunks,
             published_lsn=latest.last_lsn,
-            checkpoint_id=checkpoint_id(
-                generation=database.generation + 1, epoch=epoch, job_id=JobId(job.job_id)
-            ),
+            checkpoint_id=_checkpoint_id_of(job, database, epoch),
             epoch=epoch,
         )
+
+
+def _checkpoint_id_of(job: JobRecord, database: DatabaseRecord, epoch: int) -> CheckpointId:
+    return checkpoint_id(
+        generation=database.generation + 1,
+        epoch=epoch,
+        job_id=JobId(job.job_id),
+        replans=job.replans,
+    )

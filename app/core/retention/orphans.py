@@ -10,6 +10,7 @@ not have made is told, never touched.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from app.core.base.ids import job_of
 from app.core.retention.collector import intended_keys
 from app.core.stores.manifest.ops import DoomBlob, ManifestBatch, Op, RetireBlob
 from app.core.stores.manifest.records import BlobRef
@@ -116,7 +117,7 @@ class Known:
             return True
         match parse_key(key):
             case ChunkKey() | DeltaKey() as blob:
-                return blob.checkpoint_id.rpartition("-")[2] in self._jobs
+                return job_of(blob.checkpoint_id) in self._jobs
             case GenerationDocumentKey() as document:
                 row = view.generation(document.db_id, document.generation)
                 return row is not None and row.document_key == key

@@ -291,6 +291,8 @@ class JobRecord(Record, array_like=True, frozen=True, kw_only=True):
     """The truncation that asked for the cancellation, if one did."""
     trace_id: str = ""
     """The trace of the request that asked for the job: its log lines belong to it."""
+    replans: int = 0
+    """Plans that went stale; each plan has keys of its own."""
 
 
 class IdempotencyRecord(Record, array_like=True, frozen=True, kw_only=True):

@@ -64,7 +64,7 @@ def test_keys_read_back(
             **where, checkpoint_id=CHECKPOINT, chunk_id=one, generation=two, sha256_hex=sha256_hex
         ),
         DeltaKey(
-            **where, checkpoint_id=CHECKPOINT, chunk_id=one, delta_id=three, generation=two,
+            **where, checkpoint_id=f"{CHECKPOINT}-2", chunk_id=one, delta_id=three, generation=two,
             sha256_hex=sha256_hex,
         ),
         SnapshotMetaKey(**where, name=database, sha256_hex=sha256_hex),
