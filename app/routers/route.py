@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.routing import Match
-from starlette.types import Scope
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.core.base.errors import UnsupportedMediaType
 from app.core.base.events import event_context
@@ -50,6 +50,8 @@ class ScopedRoute(APIRoute):
         self._head, self._tail, self._slashes = _outline(path)
         kwargs["strict_content_type"] = False  # none given is JSON; another one is 415, below
         super().__init__(path, endpoint, **kwargs)
+        if _takes_bare_request(endpoint):
+            self.app = _straight(self.get_route_handler())
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Most routes are ruled out by a look at both ends of the path: with a hundred of them,
@@ -88,6 +90,18 @@ class ScopedRoute(APIRoute):
             return await handle(request)
 
         return guarded
+
+
+def _straight(handle: Handle) -> ASGIApp:
+    """Without what FastAPI puts around an endpoint for its dependencies and files, of which there
+    are none here. Errors are answered by the handlers outside of the router, the same ones.
+    """
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        response = await handle(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+    return answer
 
 
 def _outline(path: str) -> tuple[str, str, int]:
