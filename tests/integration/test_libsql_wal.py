@@ -532,6 +532,14 @@ async def test_a_transaction_larger_than_what_bodies_may_hold(make_server: MakeS
         await check_content(server, src.image(), page_size=4096)
 
 
+async def switch_checkpoints_off(client: httpx.AsyncClient) -> None:
+    """A WAL that nears its budget is checkpointed by itself, and changes."""
+    answer = await client.patch(
+        "/admin/tenants/acme/feature-flags", json={"enable_checkpoints": False}
+    )
+    assert answer.status_code == 200, answer.text
+
+
 async def test_what_can_never_fit_is_refused(make_server: MakeServer, tmp_path):
     server = make_server(settings={"BOP_WAL_BUDGET_BYTES": "300000", "BOP_MAX_WAL_BYTES": "800000"})
     await server.start()
@@ -545,6 +553,9 @@ async def test_what_can_never_fit_is_refused(make_server: MakeServer, tmp_path):
         answer = await pushed(server.client, log)
         assert answer["accepted_offset"] < len(log)
         at = answer["accepted_offset"]
+        # … once there is room again
+        await checkpoint(server.client)
+        await switch_checkpoints_off(server.client)
         rest = await pushed(server.client, log[at:], offset=at)
         assert rest["accepted_offset"] == len(log)
         await check_content(server, src.image(), page_size=4096)
@@ -735,6 +746,7 @@ async def test_an_image_too_large_for_the_budget_is_refused(make_server: MakeSer
     )
     await server.start()
     await create(server.client)
+    await switch_checkpoints_off(server.client)
     with source(tmp_path / "src") as src:
         src.grow(30, width=3000)
         await put_image(server.client, src.image())
