@@ -43,6 +43,9 @@ checkov() {
 }
 
 debian strace strace
+debian faketime faketime
+debian nft nftables
+debian ip iproute2
 unpacked promtool prometheus
 checkov
 exit 0

@@ -5,6 +5,7 @@ with nothing doubled, or ends with a clear code; appends go on meanwhile; nothin
 """
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -225,3 +226,42 @@ async def test_a_full_disk_refuses_appends_and_goes_on_with_room(
     await server.start()
     content = (await server.client.get(f"{LOG}/records?from_lsn=1")).content
     assert unframe(content) == [*kept, b"room again"]
+
+
+async def test_no_room_to_stage_fails_early_and_leaves_nothing(
+    make_server: MakeServer, small_disk: Path, tmp_path: Path
+) -> None:
+    """Row 3 at the height of the service: the job says `disk_full`, and the next one, with room
+    again, covers all of it.
+    """
+    server = make_server(
+        settings={
+            "BOP_DATA_DIR": str(small_disk / "data"),
+            "BOP_REMOTE_URL": f"file://{tmp_path / 'remote'}",
+            "BOP_JOB_ATTEMPTS": "1",
+        }
+    )
+    await server.start()
+    client = server.client
+    await client.put(LOG, json={"engine": "append_only", "compression": "zstd"})
+    records = [os.urandom(100_000) for _ in range(20)]
+    answer = await client.post(
+        f"{LOG}/records", content=frame(records), headers={"Content-Type": RECORDS}
+    )
+    assert answer.status_code == 201, answer.text
+    ballast = small_disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(16 * 1024)):
+                pass
+        except OSError:
+            pass
+    os.truncate(ballast, ballast.stat().st_size - 256 * 1024)  # for the manifest to go on
+    job = await ended(server, await trigger(server))
+    assert (job["state"], job["error"]["code"]) == ("failed", "disk_full"), job
+    await assert_nothing_left(server)
+    assert (await client.get(LOG)).json()["generation"] == 0
+    ballast.unlink()
+    job = await ended(server, await trigger(server))
+    assert (job["state"], job["result"]["last_lsn"]) == ("completed", 20), job
+    await assert_nothing_left(server)

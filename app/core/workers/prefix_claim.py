@@ -1,7 +1,8 @@
 """Claims the remote prefix, however long the remote store takes to answer (I17).
 
 Until then the WAL is taken, jobs wait, and readiness says why. A prefix that belongs to someone
-else, or holds databases that this data directory does not know, ends the process in order.
+else, or holds databases or generations that this data directory does not know, ends the process in
+order.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.remote.keys import DOCUMENTS_PREFIX
 from app.core.stores.remote.probe import probe
 from app.core.stores.remote.protocol import RemoteStore
+from app.core.workers.older_copy import refuse_older_copy
 
 
 class PrefixClaim:
@@ -61,6 +63,7 @@ class PrefixClaim:
         try:
             await probe(self._remote, randomness=self._randomness)
             await self._refuse_second_history()
+            await refuse_older_copy(self._manifest, self._remote)
             epoch = await self._ownership.claim()
         except BopError as error:
             self.problem = f"remote store: {error.detail}"

@@ -141,8 +141,13 @@ def snapshot_meta_key(*, tenant: str, database: str, name: str, sha256_hex: str)
 
 
 def generation_document_key(*, tenant: str, database: str, db_id: int, generation: int) -> str:
-    where = f"{DOCUMENTS_PREFIX}{_name(tenant)}/{_name(database)}/{_number(db_id)}"
-    return f"{where}/{_number(generation):010d}.json.zst"
+    where = documents_prefix(tenant=tenant, database=database, db_id=db_id)
+    return f"{where}{_number(generation):010d}.json.zst"
+
+
+def documents_prefix(*, tenant: str, database: str, db_id: int) -> str:
+    """Of all generation documents of one database."""
+    return f"{DOCUMENTS_PREFIX}{_name(tenant)}/{_name(database)}/{_number(db_id)}/"
 
 
 def parse_key(key: str) -> Key | None:

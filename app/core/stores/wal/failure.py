@@ -9,7 +9,8 @@ from app.core.base.errors import BopError, DiskFull, NotReady, StorageFailure
 from app.core.stores.wal.disk import Disk
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
-_NO_MEANS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+_NO_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE})
+_NO_MEANS = _NO_DESCRIPTORS | {errno.ENOMEM}
 
 
 def judge_write(
@@ -29,6 +30,15 @@ def judge_write(
     ):
         return DiskFull(free_bytes=free_bytes, needed_bytes=needed_bytes)
     return StorageFailure(f"A write to the WAL failed: {error}")
+
+
+def judge_directory_sync(error: OSError) -> BopError | StorageFailure:
+    """A directory is opened for its sync: without a descriptor nothing was synced, and nothing has
+    failed that could not be tried again. An fsync never says so.
+    """
+    if error.errno in _NO_DESCRIPTORS:
+        return NotReady(f"The process is out of means: {error}.", retry_after_seconds=1)
+    return StorageFailure(f"A directory of the WAL cannot be synced: {error}")
 
 
 class FailStop:

@@ -11,7 +11,7 @@ Crash: see recovery.py.
 """
 
 import asyncio
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from app.core.base.clock import Clock
@@ -291,11 +291,17 @@ class WalLog:
             except StorageFailure as failure:
                 self._fail_stop.trip(failure)
                 raise
-            for segment in removed:
-                device, inode = segment.identity
-                self._room.discharge(segment.path.name, device=device, inode=inode)
-            self._tell_unpublished()
+            except NotReady:  # gone, if not durably: a later call sees to that
+                self._give_back_room(removed)
+                raise
+            self._give_back_room(removed)
             return gone
+
+    def _give_back_room(self, removed: Sequence[Segment]) -> None:
+        for segment in removed:
+            device, inode = segment.identity
+            self._room.discharge(segment.path.name, device=device, inode=inode)
+        self._tell_unpublished()
 
     def _may_go(self, segment_id: int) -> bool:
         segment = self._segments.get(segment_id)

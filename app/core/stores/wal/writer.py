@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from app.core.base import failpoints
-from app.core.base.errors import BopError, InvariantViolation, StorageFailure
+from app.core.base.errors import BopError, InvariantViolation, NotReady, StorageFailure
 from app.core.formats.segment import (
     NO_HASH,
     EngineCode,
@@ -25,7 +25,7 @@ from app.core.formats.segment import (
     pack_segment_header,
 )
 from app.core.stores.wal.disk import Buffer, Disk
-from app.core.stores.wal.failure import judge_write
+from app.core.stores.wal.failure import judge_directory_sync, judge_write
 from app.core.stores.wal.planning import GroupPlan, Run
 from app.core.stores.wal.segments import (
     NewSegment,
@@ -113,12 +113,14 @@ class LogWriter:
         return segment.file_sealed
 
     def remove_blocking(self, segment_ids: Sequence[int]) -> None:
-        """The files are gone, durably. Raises StorageFailure."""
+        """The files are gone, durably. Raises StorageFailure; NotReady where they are gone, but
+        there was no descriptor to make that durable with.
+        """
         failpoints.fp("wal.before_remove")
         try:
             for segment_id in segment_ids:
                 self._disk.unlink(self._directory / segment_name(segment_id))
-            self._disk.sync_directory(self._directory)
+            self._sync_directory(self._directory)
         except FileNotFoundError:
             pass  # no directory: nothing is left to remove
         except OSError as error:
@@ -214,7 +216,11 @@ class LogWriter:
         except OSError as error:
             raise StorageFailure(f"The WAL cannot be synced: {error}") from error
         if any(run.creates for _, run in targets):
-            self._sync_directory(self._directory)
+            try:
+                self._sync_directory(self._directory)
+            except NotReady:
+                self._take_back(targets)
+                raise
 
     def _register(self, targets: Sequence[tuple[Segment, Run]]) -> None:
         """Rows after the data, and all at once: no crash leaves a row whose segment is to be cut
@@ -290,10 +296,11 @@ class LogWriter:
             self._disk.close(fd)
 
     def _sync_directory(self, path: Path) -> None:
+        """Raises NotReady where it could not even be opened for want of a descriptor."""
         try:
             self._disk.sync_directory(path)
         except OSError as error:
-            raise StorageFailure(f"A directory of the WAL cannot be synced: {error}") from error
+            raise judge_directory_sync(error) from error
 
 
 def write_all(disk: Disk, fd: int, pieces: Sequence[Buffer], offset: int) -> None:

@@ -102,12 +102,36 @@ async def test_an_eio_on_a_full_disk_is_a_full_disk(place: Place, disk: FaultyDi
     assert place.fatal == []
 
 
-async def test_out_of_descriptors_is_no_failure_of_the_disk(place: Place, disk: FaultyDisk) -> None:
+@pytest.mark.parametrize("call", ["create", "sync_directory"])
+async def test_out_of_descriptors_is_no_failure_of_the_disk(
+    place: Place, disk: FaultyDisk, call: str
+) -> None:
+    """A directory is opened for its sync: that it could not be says nothing of the disk."""
     async with place.log() as log:
-        disk.fail("create", errno.EMFILE)
+        disk.fail(call, errno.EMFILE)
         with pytest.raises(NotReady):
             await append(log, b"one")
         assert (await append(log, b"one")).first_lsn == 1
+    assert place.fatal == []
+
+
+async def test_out_of_descriptors_under_a_second_segment_takes_the_group_back(
+    place: Place, disk: FaultyDisk
+) -> None:
+    """Its data is written and synced, its name is not: nothing of it may come back later."""
+    async with place.log() as log:
+        await append(log, b"one")
+        await log.seal()
+        disk.fail("sync_directory", errno.ENFILE)
+        with pytest.raises(NotReady):
+            await append(log, b"two")
+        assert len(place.files()) == 1
+        assert (await append(log, b"two")).first_lsn == 2
+        disk.fail("sync_directory", errno.EMFILE)
+        with pytest.raises(NotReady):
+            await log.remove([1])
+        assert await log.remove([1]) == (1,)
+        assert read_all(log) == {2: b"two"}
     assert place.fatal == []
 
 
