@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat requirements/dev.txt pyproject.toml 2>/dev/null | sha256sum | cut -c1-16)
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= 2
+SIZE ?= 200
 
 .PHONY: help
 help: ## list the targets
@@ -53,11 +54,15 @@ tools: setup ## what has no place among the pins: promtool, strace, checkov
 test: lint tools ## all of it: lint, unit, integration and fault tests, with coverage
 	rm -f .coverage .coverage.*
 	$(PYTEST) tests/unit tests/integration tests/ops -n $(WORKERS) --dist loadgroup -q --cov=app --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
-	$(PYTEST) tests/fault -n $(WORKERS) --dist loadgroup -q
+	$(PYTEST) tests/fault tests/simulation -n $(WORKERS) --dist loadgroup -q
 
 .PHONY: fault
-fault: setup ## kills, power cuts, disk and network faults
-	$(PYTEST) tests/fault -n $(WORKERS) --dist loadgroup -q
+fault: setup ## kills, power cuts, disk and network faults; the simulation
+	$(PYTEST) tests/fault tests/simulation -n $(WORKERS) --dist loadgroup -q
+
+.PHONY: torture
+torture: setup ## thousands of simulated seeds, 25 times SIZE
+	BOP_TORTURE_SIZE=$(SIZE) $(PYTEST) tests/simulation -m long -s -v
 
 .PHONY: dashboards
 dashboards: setup ## make the Grafana dashboards, and the chart's copies of them and of the alerts

@@ -22,6 +22,7 @@ from app.core.base.events import Events
 from app.core.base.tasks import BlockingPool
 from app.core.coordination.quota import StorageQuota
 from app.core.coordination.usage import FoundInode, UsageKey, UsageKind, UsageLink
+from app.core.stores.local.scratch import job_of
 from app.core.stores.manifest.store import ManifestStore
 
 LiveJobs = Callable[[], Collection[str]]
@@ -173,8 +174,10 @@ def list_files_blocking(
         for path in _walk_blocking(root.path):
             parts = path.relative_to(root.path).parts
             owner = parts[0] if root.has_owners and len(parts) > 1 else ""
-            if root.kind is UsageKind.SCRATCH and owner in reserved_jobs:
-                continue
+            if root.kind is UsageKind.SCRATCH:
+                owner = job_of(owner)  # who gives it back knows the job, not how far its end came
+                if owner in reserved_jobs:
+                    continue
             if root.kind is UsageKind.HOT_CACHE and path.suffix == ".part":
                 continue  # arriving: it is charged with its name
             try:

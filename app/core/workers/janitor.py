@@ -113,7 +113,7 @@ class ScratchJanitor:
                         "janitor.not_removed", job_id=entry.job_id, error=repr(error)
                     )  # fmt: skip
                 else:
-                    if not entry.removing:
+                    if entry.job_id not in self._live_jobs():  # a live one gives back its own
                         self._room.forget_scratch(entry.job_id)
                     removed.append(entry.job_id)
                     self._events.info(

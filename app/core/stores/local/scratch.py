@@ -33,6 +33,11 @@ _REMOVING = ".removing"
 _PART = ".part"
 
 
+def job_of(directory_name: str) -> str:
+    """Whose directory it is, half removed or whole."""
+    return directory_name.removesuffix(_REMOVING)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScratchEntry:
     """A directory as `list` found it."""
@@ -205,7 +210,7 @@ def _list_blocking(root: Path, now_ns: int) -> list[ScratchEntry]:
     if not root.is_dir():
         return []
     for path in root.iterdir():
-        job_id = path.name.removesuffix(_REMOVING)
+        job_id = job_of(path.name)
         if not is_ulid(job_id) or path.is_symlink() or not path.is_dir():
             continue
         try:

@@ -51,6 +51,15 @@ def reconciliation(quota: StorageQuota, root: Path, pool: BlockingPool) -> Quota
     )
 
 
+async def test_a_half_removed_directory_is_its_jobs(tmp_path, pool, quota):
+    put(tmp_path / f"checkpoint_scratch/{DEAD}.removing/chunk", 30)
+    put(tmp_path / f"checkpoint_scratch/{JOB}.removing/chunk", 70)
+    await reconciliation(quota, tmp_path, pool).run_once(live_jobs=lambda: {JOB})
+    assert [(t.tenant, t.used_bytes) for t in quota.snapshot().tenants] == [("acme", 30)]
+    quota.forget_scratch(DEAD)
+    assert quota.snapshot().global_used_bytes == 0
+
+
 async def test_start_charges_what_is_there_once(tmp_path, pool, quota):
     segment = tmp_path / "wal/3/0001.wal"
     put(segment, 500)

@@ -10,6 +10,7 @@ from app.core.base.errors import StorageFailure
 from app.core.base.events import Events
 from app.core.base.tasks import BlockingPool
 from app.core.coordination.quota import StorageQuota
+from app.core.coordination.usage import UsageKind
 from app.core.stores.local.scratch import ScratchStore
 from app.core.workers.janitor import ScratchJanitor
 from app.core.workers.supervisor import Supervisor
@@ -77,6 +78,17 @@ async def test_removes_old_directories_of_no_live_job(house):
     house.clock.advance(1)
     assert (await house.janitor.run_once()).removed == (YOUNG,)
     assert (await house.janitor.run_once()).removed == ()
+
+
+async def test_what_was_charged_for_a_half_removed_directory_is_given_back(house):
+    await house.make(HALF, age_seconds=1, size=7)
+    (house.root / HALF).rename(house.root / f"{HALF}.removing")
+    found = (house.root / f"{HALF}.removing" / "chunk").stat()
+    house.quota.account(kind=UsageKind.SCRATCH, owner=HALF, tenant=None).charge(
+        "chunk", device=found.st_dev, inode=found.st_ino, size_bytes=7
+    )
+    await house.janitor.run_at_start()
+    assert house.quota.snapshot().global_used_bytes == 0
 
 
 async def test_at_start_age_does_not_matter(house):

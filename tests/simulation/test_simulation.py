@@ -1,0 +1,166 @@
+"""The whole service on virtual time, with a seeded bucket, seeded kills and seeded users: safety
+after every commit, liveness once the faults stop (I2, I4, I6, I7, I8, I9, I14, I15; fault rows 4,
+37, 38, 39, 41, 42, 44).
+
+`BOP_SIM_SEED=n` replays one seed and writes what happened beside its data.
+"""
+
+import asyncio
+import os
+import random
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.core.base.errors import BopError, FatalError, OutcomeUnknown
+from app.core.checkpoint.executor import CheckpointExecutor
+from app.core.retention.orphans import Known
+from app.core.stores.remote.protocol import BlobInfo, Body
+from app.core.stores.remote.retrying import Retrying
+from app.core.stores.wal.remembered import RememberedAppends
+from tests.simulation.bucket import Violation
+from tests.simulation.seed import Outcome, run_seed
+from tests.simulation.virtual_time import Stuck, VirtualLoop
+
+SECONDS = 35.0
+SEEDS_MIN = 12
+SEEDS_LONG = int(os.environ.get("BOP_TORTURE_SIZE", "200")) * 25
+SEEDS_UNTIL_SEEN = 40
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """In memory, where there is such a place: no fsync is waited for."""
+    memory = Path("/dev/shm")
+    return (memory if memory.is_dir() else tmp_path) / f"bop-sim-{os.getpid()}"
+
+
+def run_all(seeds: range, place: Path, *, seconds: float, at_least: int) -> list[Outcome]:
+    """In order, until the time is over. A failure says which seed it was."""
+    outcomes: list[Outcome] = []
+    begun = time.monotonic()
+    for seed in seeds:
+        if len(outcomes) >= at_least and time.monotonic() - begun > seconds:
+            break
+        try:
+            outcomes.append(run_seed(seed, place))
+        except BaseException as error:
+            error.add_note(f"BOP_SIM_SEED={seed} replays it")
+            raise
+    tell(outcomes, time.monotonic() - begun)
+    return outcomes
+
+
+def tell(outcomes: list[Outcome], seconds: float) -> None:
+    faults, done, kills = Counter[str](), Counter[str](), Counter[str]()
+    for outcome in outcomes:
+        faults += outcome.faults
+        done += outcome.done
+        kills += outcome.kills
+    hours = sum(outcome.simulated_seconds for outcome in outcomes) / 3600
+    print(
+        f"\n{len(outcomes)} seeds from {outcomes[0].seed} in {seconds:.0f} s: "
+        f"{hours:.0f} simulated hours, {sum(one.steps for one in outcomes)} steps, "
+        f"{sum(one.checks for one in outcomes)} checks, "
+        f"{sum(one.lives for one in outcomes)} lives, {kills.total()} kills "
+        f"at {len(kills)} places\n"
+        f"faults: {dict(faults.most_common())}\nusers: {dict(done.most_common())}"
+    )
+
+
+@pytest.mark.timeout(300)
+def test_seeds_hold_every_invariant_and_drain(place: Path) -> None:
+    if (only := os.environ.get("BOP_SIM_SEED")) is not None:
+        outcome = run_seed(int(only), place, log=place.with_suffix(".log"))
+        tell([outcome], 0)
+        return
+    outcomes = run_all(range(10_000), place, seconds=SECONDS, at_least=SEEDS_MIN)
+    assert sum(outcome.kills.total() for outcome in outcomes) >= SEEDS_MIN
+    assert sum(outcome.faults.total() for outcome in outcomes) >= 20 * SEEDS_MIN
+    assert sum(outcome.done["append"] for outcome in outcomes) >= 50 * SEEDS_MIN
+
+
+@pytest.mark.long
+@pytest.mark.timeout(0)
+def test_many_seeds(place: Path) -> None:
+    first = int(time.time())
+    outcomes = run_all(range(first, first + SEEDS_LONG), place, seconds=0, at_least=SEEDS_LONG)
+    assert len(outcomes) == SEEDS_LONG
+
+
+@pytest.mark.parametrize("seed", [3, 5, 8])
+def test_a_seed_runs_twice_alike(place: Path, seed: int) -> None:
+    first, second = run_seed(seed, place), run_seed(seed, place)
+    assert first.trace.events > 100
+    assert first.trace.digest() == second.trace.digest()
+    assert (first.steps, first.kills) == (second.steps, second.kills)
+
+
+# --- what it is worth: each of these takes one protection away
+
+
+async def _keep_the_reservation(executor: Any, hold: Any) -> None:
+    await executor._parts.scratch.remove(hold.job.job_id)
+    executor._parts.quota.forget_scratch(hold.job.job_id)
+
+
+async def _believe_that_unknown_is_done(store: Any, key: str, body: Body) -> BlobInfo:
+    try:
+        return await store._inner.put_blob(key, body)  # type: ignore[no-any-return]
+    except OutcomeUnknown:
+        return BlobInfo(key=key, bytes=body.bytes, crc64=body.crc64, etag="", modified_at_us=0)
+
+
+PROTECTIONS: dict[str, tuple[type, str, Any]] = {
+    "reservations are given back": (CheckpointExecutor, "_clean_up", _keep_the_reservation),
+    "keys are remembered": (RememberedAppends, "get", lambda appends, key: None),
+    "unknown is not done": (Retrying, "put_blob", _believe_that_unknown_is_done),
+    "the sweep asks the manifest": (Known, "holds", lambda known, key: False),
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("protection", PROTECTIONS)
+def test_a_protection_taken_away_is_seen(
+    place: Path, monkeypatch: pytest.MonkeyPatch, protection: str
+) -> None:
+    monkeypatch.setattr(*PROTECTIONS[protection])
+    for seed in range(SEEDS_UNTIL_SEEN):
+        try:
+            run_seed(seed, place)
+        except (Violation, BopError, FatalError) as error:
+            print(f"seed {seed}: {error!r}")
+            return
+    pytest.fail(f"{SEEDS_UNTIL_SEEN} seeds did not notice")
+
+
+# --- the loop itself
+
+
+def test_waiting_takes_no_time_and_keeps_its_order() -> None:
+    loop = VirtualLoop(now=5.0, source=random.Random(1))
+    seen: list[tuple[float, int]] = []
+
+    async def wait(seconds: float, number: int) -> None:
+        await asyncio.sleep(seconds)
+        seen.append((loop.time(), number))
+
+    async def main() -> None:
+        await asyncio.gather(wait(3600, 1), wait(1, 2), wait(3600, 3))
+
+    begun = time.monotonic()
+    loop.run_until_complete(main())
+    loop.close()
+    assert [number for _, number in seen] == [2, 1, 3]
+    assert seen[-1][0] == pytest.approx(3605.0)
+    assert time.monotonic() - begun < 60
+
+
+def test_who_waits_for_nothing_is_told() -> None:
+    loop = VirtualLoop(now=0.0, source=random.Random(1))
+    with pytest.raises(Stuck):
+        loop.run_until_complete(loop.create_future())
+    loop.close()
