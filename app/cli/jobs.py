@@ -3,7 +3,8 @@
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Annotated, Literal
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,7 +22,17 @@ app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at jobs, wait for them, cancel them."
 )
 
-State = Literal["pending", "in_flight", "completed", "failed", "cancelled"]
+
+class State(StrEnum):
+    """As typer takes it more than once; it takes no list of a Literal."""
+
+    pending = "pending"
+    in_flight = "in_flight"
+    completed = "completed"
+    failed = "failed"
+    cancelled = "cancelled"
+
+
 JobArgument = Annotated[str, typer.Argument(metavar="JOB")]
 
 
@@ -56,7 +67,9 @@ def list_jobs(
     context: typer.Context,
     tenant: Annotated[str | None, typer.Option(help="Only this tenant's.")] = None,
     database: Annotated[str | None, typer.Option(help="Only those of databases so named.")] = None,
-    state: Annotated[State | None, typer.Option(help="Only those in this state.")] = None,
+    state: Annotated[
+        list[State] | None, typer.Option(help="Only those in this state; may be repeated.")
+    ] = None,
     kind: Annotated[str | None, typer.Option(help="Only of this kind.")] = None,
     limit: LimitOption = 100,
 ) -> None:
@@ -67,7 +80,7 @@ def list_jobs(
         found = client.jobs.list(
             tenant=tenant,
             database=database,
-            state=state,
+            state=[one.value for one in state or ()],
             kind=kind,
             limit=limit,
         )
@@ -204,6 +217,9 @@ def result_facts(result: dict[str, object]) -> dict[str, str]:
     match result:
         case {"bytes_uploaded": int(count)}:
             facts["Uploaded"] = bytes_text(count)
+    match result:
+        case {"findings": list(findings)} if findings:
+            facts["Findings"] = "\n".join(f"{one['outcome']} {one['key']}" for one in findings)
     return facts
 
 

@@ -1,6 +1,6 @@
 """Checkpoints and jobs: trigger, list, look, wait, watch, cancel."""
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 
 import httpx
@@ -29,11 +29,11 @@ class Jobs:
         *,
         tenant: str | None = None,
         database: str | None = None,
-        state: JobState | None = None,
+        state: JobState | Sequence[JobState] | None = None,
         kind: str | None = None,
         limit: int | None = None,
     ) -> AsyncGenerator[Job, None]:
-        """Newest first."""
+        """Newest first; in any of these states."""
         params = {"tenant": tenant, "database": database, "state": state, "kind": kind}
         return self._calls.pages(self.root, Job, params=params, limit=limit)
 

@@ -46,15 +46,16 @@ class Launcher(Protocol):
 class NewInterpreter:
     """As a user starts it. Takes seconds of CPU for imports. `command_prefix` may be strace."""
 
-    def __init__(self, *command_prefix: str) -> None:
+    def __init__(self, *command_prefix: str, module: str = "app.cli.main") -> None:
         self._prefix = command_prefix
+        self._module = module
 
     def launch(
         self, arguments: Sequence[str], *, environment: Mapping[str, str], log: Path, cwd: Path
     ) -> Launched:
         with log.open("ab") as output:
             return subprocess.Popen(
-                [*self._prefix, sys.executable, "-m", "app.cli.main", *arguments],
+                [*self._prefix, sys.executable, "-m", self._module, *arguments],
                 env={**base_environment(), **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,

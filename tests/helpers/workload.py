@@ -224,9 +224,12 @@ async def _items(client: httpx.AsyncClient, url: str) -> list[Any]:
     return items
 
 
+ORPHAN = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
+
+
 def plant_orphan(data_dir: Path) -> None:
     """Scratch of a job that nobody knows, for the janitor to find when the service starts."""
-    orphan = data_dir / "checkpoint_scratch" / "01ARZ3NDEKTSV4RRFFQ69G5FAV"
+    orphan = data_dir / "checkpoint_scratch" / ORPHAN
     orphan.mkdir(parents=True, exist_ok=True)
     (orphan / "chunk-0.blob").write_bytes(b"left behind")
 

@@ -86,6 +86,18 @@ def test_alert_says_what_to_do(alert: dict[str, Any]):
     assert (REPOSITORY / alert["annotations"]["runbook_url"]).is_file()
 
 
+def test_runbooks_list_the_alerts_that_lead_to_them():
+    text = (REPOSITORY / "docs" / "runbooks" / "README.md").read_text()
+    listed = {
+        f"docs/runbooks/{page}": set(re.findall(r"\bBop\w+", alerts))
+        for page, alerts in re.findall(r"^\| \[.+?\]\((.+?)\) \| (.+) \|$", text, re.MULTILINE)
+    }
+    led_to: dict[str, set[str]] = {page: set() for page in listed}
+    for alert in ALERTS:
+        led_to[alert["annotations"]["runbook_url"]].add(alert["alert"])
+    assert listed == led_to
+
+
 async def test_every_metric_that_is_asked_for_exists(server: ServerProcess):
     async with httpx.AsyncClient(base_url=server.base_url) as client:
         text = (await client.get("/metrics")).text

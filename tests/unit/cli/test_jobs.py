@@ -42,7 +42,9 @@ def test_jobs_list(cli, api):
     api.add_job("in_flight")
     table = cli("jobs", "list", "--state", "in_flight", "--tenant", "acme").stdout.splitlines()
     assert table[1].split()[1:5] == ["create_checkpoint", "acme/events", "in_flight", "(uploading)"]
-    assert api.requests[-1].url.params["state"] == "in_flight"
+    assert api.requests[-1].url.params.get_list("state") == ["in_flight"]
+    cli("jobs", "list", "--state", "pending", "--state", "in_flight")
+    assert api.requests[-1].url.params.get_list("state") == ["pending", "in_flight"]
     assert len(cli.json("jobs", "list").json["items"]) == 1
     api.jobs.clear()
     assert cli("jobs", "list").stderr == "There are no such jobs.\n"
@@ -56,6 +58,15 @@ def test_jobs_show_tells_the_error(cli, api):
     missing = cli("jobs", "show", "01NONE")
     assert missing.exit_code == 1
     assert "jobs list" in missing.stderr
+
+
+def test_jobs_show_names_the_blobs_that_a_verification_found(cli, api):
+    job_id = api.add_job("failed", kind="verify_manifest")
+    findings = [{"key": "chunk-0", "outcome": "repaired"}, {"key": "chunk-1", "outcome": "damaged"}]
+    api.jobs[job_id]["result"] = {"outcome": "damaged", "findings": findings}
+    lines = [line.split() for line in cli("jobs", "show", job_id).stdout.splitlines()]
+    at = lines.index(["Findings", "repaired", "chunk-0"])
+    assert lines[at + 1] == ["damaged", "chunk-1"]
 
 
 def test_jobs_watch_tells_each_change(cli, api):

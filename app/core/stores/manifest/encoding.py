@@ -57,7 +57,7 @@ class RecordCodec(Generic[R]):
             if peek_version(raw) == self._version:
                 return self._decoder.decode(raw)
             return self._decode_other(raw)
-        except (msgspec.MsgspecError, IndexError) as error:
+        except (msgspec.MsgspecError, IndexError, ValueError) as error:  # bytes that are no UTF-8
             raise CorruptRow(f"A {self._kind.__name__} does not decode: {error}.") from error
 
     def _decode_other(self, raw: bytes) -> R:
@@ -115,10 +115,10 @@ class AppendsCodec(Generic[V]):
         return _encode((SCHEMA_VERSION, value))
 
     def decode(self, raw: bytes) -> V:
-        version = peek_version(raw)
-        if version is None or version > SCHEMA_VERSION:
-            raise FormatFromFuture("Remembered appends of a newer version.")
         try:
+            version = peek_version(raw)
+            if version is None or version > SCHEMA_VERSION:
+                raise FormatFromFuture("Remembered appends of a newer version.")
             return self._decoder.decode(raw)[1]
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, IndexError, ValueError) as error:
             raise CorruptRow(f"Remembered appends do not decode: {error}.") from error

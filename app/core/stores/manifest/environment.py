@@ -150,6 +150,9 @@ def open_environment_blocking(
     try:
         opened.clear_stale_readers()
         opened.open_schema_blocking()
+    except lmdb.Error as error:
+        opened.close_blocking()
+        raise StartRefused(f"The manifest in {path} is damaged: {error}") from error
     except BaseException:
         opened.close_blocking()
         raise

@@ -77,6 +77,7 @@ def test_a_version_before_those_is_refused() -> None:
         msgspec.msgpack.encode({"a": 1}),
         msgspec.msgpack.encode(["3", "x", 1]),
         msgspec.msgpack.encode([3, 5, 5]),
+        b"\x93\x03\xa1\xff\x01",
     ],
 )
 def test_bytes_that_no_version_wrote(raw: bytes) -> None:
@@ -100,3 +101,5 @@ def test_remembered_appends_have_a_version_too() -> None:
         codec.decode(msgspec.msgpack.encode((2, ())))
     with pytest.raises(CorruptRow):
         codec.decode(msgspec.msgpack.encode((1, 5)))
+    with pytest.raises(CorruptRow):
+        codec.decode(b"")

@@ -65,6 +65,21 @@ async def test_remains_of_a_broken_creation_are_removed(tmp_path: Path) -> None:
     assert not remains.exists()
 
 
+@pytest.mark.parametrize(("first", "last"), [(0, 2), (2, None)], ids=["its head", "its pages"])
+async def test_a_damaged_file_is_refused(tmp_path: Path, first: int, last: int | None) -> None:
+    path = tmp_path / "manifest"
+    store = await open_store(path)
+    await create_database(store)
+    await store.aclose()
+    data = bytearray((path / "data.mdb").read_bytes())
+    page = slice(first * 4096, None if last is None else last * 4096)
+    data[page] = bytes(each ^ 0x5A for each in data[page])
+    (path / "data.mdb").write_bytes(data)
+    with pytest.raises(StartRefused, match=r"manifest"):
+        await open_store(path)
+    assert (path / "data.mdb").read_bytes() == data
+
+
 async def test_what_is_no_manifest_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "manifest"
     path.mkdir()
