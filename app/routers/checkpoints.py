@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from hashlib import blake2b
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, cast
 
@@ -20,20 +20,18 @@ from app.core.base.errors import (
     QueueDrained,
     UnsupportedMediaType,
 )
-from app.core.services.idempotency import StoredAnswer
 from app.core.stores.manifest.ops import Op
 from app.core.stores.manifest.records import ENDED_STATES, JobKind, JobRecord
 from app.routers.auth import needs, require_tenant
 from app.routers.deps import WaitQuery, desk_of, services_of
 from app.routers.exchange import principal_of
-from app.routers.headers import checked_idempotency_key, scope_hash
-from app.routers.idempotent import remembering, response_of
+from app.routers.idempotent import made_once
 from app.routers.jobs import (
     DatabaseQuery,
     JobPath,
     StateQuery,
     TenantQuery,
-    accepted_headers,
+    accepted_answer,
     cancelled_job,
     page_of_jobs,
     shown_job,
@@ -75,36 +73,24 @@ async def trigger_checkpoint(
     """Asks for a checkpoint. While one for the database is pending and has not planned yet, that
     one is answered: a completed checkpoint covers all that was acknowledged before its POST.
     """
-    key = checked_idempotency_key(idempotency_key)
-    principal, services = principal_of(request), services_of(request)
+    principal = principal_of(request)
 
-    async def trigger(remember: Callable[[JobRecord], Op] | None = None) -> StoredAnswer:
+    async def trigger(remember: Callable[[JobRecord], Op] | None) -> JobRecord:
         require_tenant(principal, body.tenant)
-        job = await services.checkpoints.trigger(
+        return await services_of(request).checkpoints.trigger(
             body.tenant,
             body.database,
             reason=body.reason,
             principal=principal.name,
             remember=remember,
         )
-        return _accepted(job)
 
-    if key is None:
-        return response_of(await trigger())
-    answer = await services.idempotency.run(
-        scope_hash=scope_hash(principal, route="POST /checkpoints", key=key),
-        body_hash=blake2b(await request.body(), digest_size=16).digest(),
-        action=remembering(request, lambda remember: trigger(lambda job: remember(_accepted(job)))),
-    )
-    return response_of(answer)
-
-
-def _accepted(job: JobRecord) -> StoredAnswer:
-    headers = accepted_headers(job, base="/checkpoints")
-    return StoredAnswer(
-        status=int(HTTPStatus.ACCEPTED),
-        headers={**headers, "Content-Type": "application/json"},
-        body=JobView.of(job).model_dump_json().encode(),
+    return await made_once(
+        request,
+        trigger,
+        answer=partial(accepted_answer, base="/checkpoints"),
+        route="POST /checkpoints",
+        key=idempotency_key,
     )
 
 

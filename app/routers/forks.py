@@ -19,14 +19,14 @@ from app.core.base.errors import (
     UnsupportedMediaType,
 )
 from app.core.services.databases import DatabaseStatus
-from app.core.services.idempotency import Remember, StoredAnswer
+from app.core.services.idempotency import StoredAnswer
 from app.core.stores.manifest.ops import Op
 from app.routers.auth import needs, require_tenant
 from app.routers.databases import DATABASE_PATH
 from app.routers.deps import DatabaseName, TenantName, services_of
 from app.routers.exchange import principal_of
 from app.routers.history_schemas import CreateForkBody
-from app.routers.idempotent import answer_once
+from app.routers.idempotent import made_once
 from app.routers.openapi import problems
 from app.routers.route import ScopedRoute
 from app.routers.schemas import DatabaseView
@@ -73,25 +73,22 @@ async def create_fork(
             body=DatabaseView.of(status).model_dump_json().encode(),
         )
 
-    async def create(remember: Remember | None) -> StoredAnswer:
+    async def create(remember: Callable[[DatabaseStatus], Op] | None) -> DatabaseStatus:
         require_tenant(principal, fork_tenant)
-        kept: Callable[[DatabaseStatus], Op] | None = None
-        if remember is not None:
-            kept = lambda status: remember(answer(status))  # noqa: E731 - narrowed above
-        status = await services_of(request).forks.create(
+        return await services_of(request).forks.create(
             tenant,
             database,
             fork_tenant=fork_tenant,
             fork_database=body.database,
             generation=body.generation,
             snapshot=body.snapshot,
-            remember=kept,
+            remember=remember,
         )
-        return answer(status)
 
-    return await answer_once(
+    return await made_once(
         request,
         create,
+        answer=answer,
         route=f"POST /tenants/{tenant}/databases/{database}/forks",
         key=idempotency_key,
     )

@@ -1,7 +1,7 @@
 """Verifications and downloads: jobs about a published generation, for operators."""
 
 from collections.abc import Callable
-from hashlib import blake2b
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -19,16 +19,14 @@ from app.core.base.errors import (
     UnsupportedMediaType,
 )
 from app.core.jobs.generation_jobs import GenerationJobKind
-from app.core.services.idempotency import StoredAnswer
 from app.core.stores.manifest.ops import Op
 from app.core.stores.manifest.records import JobRecord
 from app.routers.auth import needs, require_tenant
 from app.routers.deps import services_of
 from app.routers.exchange import principal_of
 from app.routers.generation_jobs_schemas import GenerationJobBody
-from app.routers.headers import checked_idempotency_key, scope_hash
-from app.routers.idempotent import remembering, response_of
-from app.routers.jobs import accepted_headers
+from app.routers.idempotent import made_once
+from app.routers.jobs import accepted_answer
 from app.routers.openapi import ACCEPTED_HEADERS, problems
 from app.routers.route import ScopedRoute
 from app.routers.schemas import JobView
@@ -86,12 +84,11 @@ async def download_generation(
 async def _requested(
     kind: GenerationJobKind, body: GenerationJobBody, request: Request, header: str | None
 ) -> Response:
-    key = checked_idempotency_key(header)
-    principal, services = principal_of(request), services_of(request)
+    principal = principal_of(request)
 
-    async def ask(remember: Callable[[JobRecord], Op] | None = None) -> StoredAnswer:
+    async def ask(remember: Callable[[JobRecord], Op] | None) -> JobRecord:
         require_tenant(principal, body.tenant)
-        job = await services.generation_jobs.request(
+        return await services_of(request).generation_jobs.request(
             kind,
             body.tenant,
             body.database,
@@ -99,21 +96,11 @@ async def _requested(
             principal=principal.name,
             remember=remember,
         )
-        return _accepted(job)
 
-    if key is None:
-        return response_of(await ask())
-    answer = await services.idempotency.run(
-        scope_hash=scope_hash(principal, route=f"POST {request.url.path}", key=key),
-        body_hash=blake2b(await request.body(), digest_size=16).digest(),
-        action=remembering(request, lambda remember: ask(lambda job: remember(_accepted(job)))),
-    )
-    return response_of(answer)
-
-
-def _accepted(job: JobRecord) -> StoredAnswer:
-    return StoredAnswer(
-        status=int(HTTPStatus.ACCEPTED),
-        headers={**accepted_headers(job, base="/jobs"), "Content-Type": "application/json"},
-        body=JobView.of(job).model_dump_json().encode(),
+    return await made_once(
+        request,
+        ask,
+        answer=partial(accepted_answer, base="/jobs"),
+        route=f"POST {request.url.path}",
+        key=header,
     )

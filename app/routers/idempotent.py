@@ -8,15 +8,19 @@ again; one that may pass (401, 429, 5xx, 507) is not kept. Concurrency, cancella
 from collections.abc import Awaitable, Callable
 from hashlib import blake2b
 from http import HTTPStatus
+from typing import TypeVar
 
 from fastapi import Request, Response
 
 from app.core.base.errors import BopError
 from app.core.services.idempotency import Action, Remember, StoredAnswer
+from app.core.stores.manifest.ops import Op
 from app.routers.deps import services_of
 from app.routers.exchange import exchange_of, principal_of
 from app.routers.headers import checked_idempotency_key, scope_hash
 from app.routers.problems import STATUS, problem_response
+
+Made = TypeVar("Made")
 
 _PASSING = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.TOO_MANY_REQUESTS})
 
@@ -47,22 +51,28 @@ def response_of(answer: StoredAnswer) -> Response:
     return Response(answer.body, status_code=answer.status, headers=answer.headers)
 
 
-async def answer_once(
+async def made_once(
     request: Request,
-    action: Callable[[Remember | None], Awaitable[StoredAnswer]],
+    make: Callable[[Callable[[Made], Op] | None], Awaitable[Made]],
     *,
+    answer: Callable[[Made], StoredAnswer],
     route: str,
     key: str | None,
 ) -> Response:
-    """Runs the action, once per Idempotency-Key where the request has one; `route` holds the
-    names of its path. Raises InvalidRequest, IdempotencyKeyReused, and what the action does.
+    """Makes something, once per Idempotency-Key where the request has one; `route` holds the names
+    of its path. `make` is given what remembers the answer in the commit that makes the thing.
+    Raises InvalidRequest, IdempotencyKeyReused, and what `make` does.
     """
     key = checked_idempotency_key(key)
     if key is None:
-        return response_of(await action(None))
-    answer = await services_of(request).idempotency.run(
+        return response_of(answer(await make(None)))
+
+    async def act(remember: Remember) -> StoredAnswer:
+        return answer(await make(lambda made: remember(answer(made))))
+
+    remembered = await services_of(request).idempotency.run(
         scope_hash=scope_hash(principal_of(request), route=route, key=key),
         body_hash=blake2b(await request.body(), digest_size=16).digest(),
-        action=remembering(request, action),
+        action=remembering(request, act),
     )
-    return response_of(answer)
+    return response_of(remembered)

@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Request, Response
 
 from app.core.base.errors import JobAlreadyEnded, JobNotFound, NotReady
+from app.core.services.idempotency import StoredAnswer
 from app.core.stores.manifest.records import JobKind, JobRecord, JobState
 from app.routers.auth import needs, require_scope
 from app.routers.deps import WaitQuery, desk_of, services_of
@@ -140,3 +141,12 @@ async def cancelled_job(
 
 def accepted_headers(job: JobRecord, *, base: str) -> dict[str, str]:
     return {"Location": f"{base}/{job.job_id}", "Retry-After": str(RETRY_AFTER_SECONDS)}
+
+
+def accepted_answer(job: JobRecord, *, base: str) -> StoredAnswer:
+    """202 with the Job."""
+    return StoredAnswer(
+        status=int(HTTPStatus.ACCEPTED),
+        headers={**accepted_headers(job, base=base), "Content-Type": "application/json"},
+        body=JobView.of(job).model_dump_json().encode(),
+    )

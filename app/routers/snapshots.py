@@ -18,14 +18,14 @@ from app.core.base.errors import (
     SnapshotNotFound,
     UnsupportedMediaType,
 )
-from app.core.services.idempotency import Remember, StoredAnswer
+from app.core.services.idempotency import StoredAnswer
 from app.core.stores.manifest.ops import Op
 from app.core.stores.manifest.records import SnapshotRecord
 from app.routers.auth import needs
 from app.routers.databases import DATABASE_PATH
 from app.routers.deps import DatabaseName, TenantName, services_of
 from app.routers.history_schemas import CreateSnapshotBody, SnapshotPage, SnapshotView
-from app.routers.idempotent import answer_once
+from app.routers.idempotent import made_once
 from app.routers.openapi import problems
 from app.routers.paging import PageQuery
 from app.routers.route import ScopedRoute
@@ -69,16 +69,14 @@ async def create_snapshot(
             body=SnapshotView.of(row).model_dump_json().encode(),
         )
 
-    async def create(remember: Remember | None) -> StoredAnswer:
-        kept: Callable[[SnapshotRecord], Op] | None = None
-        if remember is not None:
-            kept = lambda row: remember(answer(row))  # noqa: E731 - narrowed by the line above
-        row = await services_of(request).snapshots.create(
-            tenant, database, body.name, generation=body.generation, remember=kept
+    async def create(remember: Callable[[SnapshotRecord], Op] | None) -> SnapshotRecord:
+        return await services_of(request).snapshots.create(
+            tenant, database, body.name, generation=body.generation, remember=remember
         )
-        return answer(row)
 
-    return await answer_once(request, create, route=f"POST {where}", key=idempotency_key)
+    return await made_once(
+        request, create, answer=answer, route=f"POST {where}", key=idempotency_key
+    )
 
 
 @router.get(SNAPSHOTS_PATH, responses=problems(DatabaseNotFound))

@@ -1,7 +1,7 @@
 """Truncations of append_only databases: ask for one, list, look."""
 
 from collections.abc import Callable
-from hashlib import blake2b
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated
 
@@ -23,20 +23,18 @@ from app.core.base.errors import (
     WalLost,
     WrongEngine,
 )
-from app.core.services.idempotency import StoredAnswer
 from app.core.stores.manifest.ops import Op
 from app.core.stores.manifest.records import JobKind, JobRecord
 from app.routers.auth import needs, require_tenant
 from app.routers.deps import WaitQuery, services_of
 from app.routers.exchange import principal_of
-from app.routers.headers import checked_idempotency_key, scope_hash
-from app.routers.idempotent import remembering, response_of
+from app.routers.idempotent import made_once
 from app.routers.jobs import (
     DatabaseQuery,
     JobPath,
     StateQuery,
     TenantQuery,
-    accepted_headers,
+    accepted_answer,
     page_of_jobs,
     shown_job,
 )
@@ -81,12 +79,11 @@ async def truncate(
     """Drops the oldest records, in whole published chunks, or the newest ones, up to the newest at
     acceptance. Cancel it under `/jobs`.
     """
-    key = checked_idempotency_key(idempotency_key)
-    principal, services = principal_of(request), services_of(request)
+    principal = principal_of(request)
 
-    async def accept(remember: Callable[[JobRecord], Op] | None = None) -> StoredAnswer:
+    async def accept(remember: Callable[[JobRecord], Op] | None) -> JobRecord:
         require_tenant(principal, body.tenant)
-        job = await services.truncations.request(
+        return await services_of(request).truncations.request(
             body.tenant,
             body.database,
             direction=body.direction,
@@ -96,24 +93,13 @@ async def truncate(
             principal=principal.name,
             remember=remember,
         )
-        return _accepted(job)
 
-    if key is None:
-        return response_of(await accept())
-    answer = await services.idempotency.run(
-        scope_hash=scope_hash(principal, route="POST /truncations", key=key),
-        body_hash=blake2b(await request.body(), digest_size=16).digest(),
-        action=remembering(request, lambda remember: accept(lambda job: remember(_accepted(job)))),
-    )
-    return response_of(answer)
-
-
-def _accepted(job: JobRecord) -> StoredAnswer:
-    headers = accepted_headers(job, base="/truncations")
-    return StoredAnswer(
-        status=int(HTTPStatus.ACCEPTED),
-        headers={**headers, "Content-Type": "application/json"},
-        body=JobView.of(job).model_dump_json().encode(),
+    return await made_once(
+        request,
+        accept,
+        answer=partial(accepted_answer, base="/truncations"),
+        route="POST /truncations",
+        key=idempotency_key,
     )
 
 
