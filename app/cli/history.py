@@ -90,6 +90,8 @@ def delete_snapshot(
     session = session_of(context)
     tenant, database = parse_name(name)
     session.run(lambda client: client.history.delete_snapshot(tenant, database, snapshot))
+    if session.screen.as_json:
+        session.screen.document({"database": name, "deleted": snapshot})
     session.screen.note(f"Deleted snapshot {snapshot} of {name}.")
 
 

@@ -10,6 +10,7 @@ import httpx
 import promql_parser
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from ops.grafana.generate import expressions, made
 from tests.helpers.server import ServerProcess
@@ -105,6 +106,25 @@ async def test_every_metric_that_is_asked_for_exists(server: ServerProcess):
     asked = {name for each in EXPRESSIONS for name in selectors(promql_parser.parse(each))}
     assert asked - there - RECORDED - SCRAPED_BY_PROMETHEUS == set()
     assert len(asked) > 20
+
+
+async def test_operations_list_every_metric_there_is(server: ServerProcess):
+    """By name, type and labels, and no other."""
+    rows = re.findall(
+        r"^\| `(\w+)` \| (counter|gauge|histogram) \| (.*?) \|",
+        (REPOSITORY / "docs" / "operations.md").read_text(),
+        re.MULTILINE,
+    )
+    listed = {name: (kind, set(re.findall(r"\w+", labels))) for name, kind, labels in rows}
+    async with httpx.AsyncClient(base_url=server.base_url) as client:
+        await client.put("/tenants/acme/databases/log", json={"engine": "append_only"})
+        text = (await client.get("/metrics")).text
+    found = {}
+    for family in text_string_to_metric_families(text):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = {label for sample in family.samples for label in sample.labels}
+        found[name] = (family.type, labels - {"le"})
+    assert listed == {name: each for name, each in found.items() if not name.endswith("_created")}
 
 
 def test_generated_files_are_what_is_committed():

@@ -31,6 +31,8 @@ def test_snapshots_are_made_listed_and_deleted(cli, api):
     ]
     ran = cli.json("snapshots", "delete", "acme/events", "old")
     assert (ran.exit_code, ran.problem["code"]) == (1, "snapshot_not_found")
+    ran = cli.json("snapshots", "delete", "acme/events", "monday")
+    assert ran.json == {"database": "acme/events", "deleted": "monday"}
 
 
 def test_no_snapshot_says_so(cli):
