@@ -61,8 +61,8 @@ fault: setup ## kills, power cuts, disk and network faults; the simulation
 	$(PYTEST) tests/fault tests/simulation -n $(WORKERS) --dist loadgroup -q
 
 .PHONY: torture
-torture: setup ## thousands of simulated seeds, 25 times SIZE
-	BOP_TORTURE_SIZE=$(SIZE) $(PYTEST) tests/simulation -m long -s -v
+torture: setup ## SIZE random kills, and 25 times as many simulated seeds
+	BOP_TORTURE_SIZE=$(SIZE) $(PYTEST) tests/fault/test_torture.py tests/simulation -m long -s -v
 
 .PHONY: dashboards
 dashboards: setup ## make the Grafana dashboards, and the chart's copies of them and of the alerts

@@ -2,7 +2,10 @@
 
 Order: the file, then its row. A crash between leaves such a row without a file, which recovery
 allows and the next release removes. Segments that a reader pins stay for a later call.
+Concurrency: a database's releases follow one another, so that none removes a row twice.
 """
+
+import asyncio
 
 from app.core.base.events import Events
 from app.core.stores.manifest.ops import ManifestBatch, Op, RemoveSegment
@@ -17,9 +20,14 @@ class WalRelease:
         self._manifest = manifest
         self._wal = wal
         self._events = events
+        self._turns: dict[int, asyncio.Lock] = {}
 
     async def release(self, db_id: int) -> int:
         """Removes what may go of one database; returns the number of segments."""
+        async with self._turns.setdefault(db_id, asyncio.Lock()):
+            return await self._release(db_id)
+
+    async def _release(self, db_id: int) -> int:
         with self._manifest.read() as view:
             covered = [row.segment_id for row in view.segments(db_id) if _may_go(view, row)]
         if not covered:
