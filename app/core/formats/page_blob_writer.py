@@ -227,13 +227,20 @@ class PageBlobWriter:
     def _add_whole(self, batch: PageBatch, digests: Sequence[bytes]) -> None:
         """Pages as they are, taken over all at once where all are new."""
         size, numbers = self._spec.page_size, batch.page_nos.tolist()
+        known, zero, limit = self._slot_of, self._zero_digest, _EQUAL_PAGES_MAX
+        slots, next_slot = self._slots, len(self._slot_bytes)
         fresh: list[int] = []
-        for at, digest in enumerate(digests):
-            slot = self._known_slot(digest)
+        for at, digest in enumerate(digests):  # a loop over every page of a database: no calls
+            slot = ZERO_SLOT if digest == zero else known.get(digest)
             if slot is None:
-                slot = self._new_slot(numbers[at], size, digest)
+                slot = next_slot
+                next_slot += 1
+                if len(known) < limit:
+                    known[digest] = slot
                 fresh.append(at)
-            self._slots.append(slot)
+            slots.append(slot)
+        self._slot_bytes += [size] * len(fresh)
+        self._slot_pages += [numbers[at] for at in fresh]
         if len(fresh) == len(numbers):
             self._raw += batch.data
         else:
