@@ -29,6 +29,15 @@ def failpoints_in(app: Path = APP) -> dict[str, list[str]]:
     return found
 
 
+def tests_in(path: Path) -> set[str]:
+    """The functions of a module, and the methods of its classes: what pytest may know as tests."""
+    return {
+        node.name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path)))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+
+
 def _is_failpoint(function: ast.expr) -> bool:
     match function:
         case ast.Name(id="fp"):

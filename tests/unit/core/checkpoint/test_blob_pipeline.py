@@ -138,6 +138,20 @@ async def test_a_blob_is_uploaded_while_the_next_is_staged():
     assert making.events == ["checkpoint.staged"]
 
 
+async def test_a_blob_counts_once_the_store_has_confirmed_it_and_no_sooner():
+    """I2: a crash in mid-upload must not leave a marker behind."""
+    making = Making(Hold(), plan_of(0))
+    slow = making.hold_up("upload", 0)
+    run = asyncio.ensure_future(making.run())
+    await until(lambda: ("upload", 0) in making.seen)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert [one.uploaded for one in making.hold.job.intents] == [False]
+    slow.set()
+    await run
+    assert [one.uploaded for one in making.hold.job.intents] == [True]
+
+
 async def test_no_upload_begins_before_its_key_is_durable():
     making = Making(Hold(), plan_of(0))
     making.hold.gate.clear()

@@ -1,7 +1,7 @@
 """Doom, grace, proof, deletion; and what stops them (fault rows 37, 38, 40)."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,12 @@ class Remote(MemoryRemote):
         self.refused: set[str] = set()
         self.break_listing_after: int | None = None
         self.modified_at_us = 0
+        self.before_deletion: Callable[[], Awaitable[None]] | None = None
 
     async def delete_blobs(self, keys: Sequence[str]) -> Sequence[str]:
         self.deletions.append(list(keys))
+        if self.before_deletion is not None:
+            await self.before_deletion()
         await super().delete_blobs([key for key in keys if key not in self.refused])
         return [key for key in keys if key in self.refused]
 
@@ -156,6 +159,26 @@ async def test_collection_against_publication(bench: Bench, steps: int) -> None:
     else:
         assert len(named) == 1
         assert "k" in bench.remote.objects
+    assert bench.world.queued() == {}
+
+
+async def test_a_publication_while_its_blob_is_deleted_is_refused(bench: Bench) -> None:
+    """Row 38 at its worst: the store is deleting, and the manifest does not know it yet."""
+    db_id = await create_database(bench.store)
+    await bench.remote.add("k")
+    await bench.store.commit(batch(retire("k", eligible_at_us=NOW)))
+    publication = batch(ops.UpsertChunk(row=chunk(db_id, blob=blob("k"))), publish(db_id))
+
+    async def publish_meanwhile() -> None:
+        with pytest.raises(KeyDoomed):
+            await bench.store.commit(publication)
+
+    bench.remote.before_deletion = publish_meanwhile
+    await bench.blobs.collect(NOW)
+    await bench.blobs.collect(NOW + 10_000 * SECOND)
+    with bench.store.read() as view:
+        assert view.blob_references("k") == []
+    assert bench.remote.deletions == [["k"]]
     assert bench.world.queued() == {}
 
 
