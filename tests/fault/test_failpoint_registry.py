@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.fault.scenarios import ELSEWHERE, STANDARD
-from tests.helpers.registry import NAME, UnnamedFailpoint, failpoints_in, tests_in
+from tests.helpers.registry import NAME, UnnamedFailpoint, failpoints_in, functions_in
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -30,7 +30,7 @@ def test_other_scenarios_exist() -> None:
     assert ELSEWHERE.keys() - failpoints_in().keys() == set()
     for name, test in ELSEWHERE.items():
         path, _, function = test.partition("::")
-        assert function in tests_in(REPOSITORY / path), test
+        assert function in functions_in(REPOSITORY / path), test
         source = (REPOSITORY / path).read_text(encoding="utf-8")
         assert name in source, f"{test} does not speak of {name}"
 

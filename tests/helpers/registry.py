@@ -29,7 +29,7 @@ def failpoints_in(app: Path = APP) -> dict[str, list[str]]:
     return found
 
 
-def tests_in(path: Path) -> set[str]:
+def functions_in(path: Path) -> set[str]:
     """The functions of a module, and the methods of its classes: what pytest may know as tests."""
     return {
         node.name

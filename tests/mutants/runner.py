@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,12 @@ class Verdict:
     def __str__(self) -> str:
         how = "red" if self.problem is None else self.problem
         return f"{self.mutant.name:36} {self.mutant.invariants:9} {self.seconds:5.1f} s  {how}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    code: int
+    said: str
 
 
 def verdict_of(mutant: Mutant) -> Verdict:
@@ -95,7 +102,7 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _run_pytest(test: str, tree: Path, *, base: Path) -> subprocess.CompletedProcess[str]:
+def _run_pytest(test: str, tree: Path, *, base: Path) -> Ran:
     """In a session of its own, which a test that hangs takes along."""
     environment = {
         name: value
@@ -106,18 +113,24 @@ def _run_pytest(test: str, tree: Path, *, base: Path) -> subprocess.CompletedPro
         sys.executable, "-m", "pytest", test, "-x", "-q", *_WITHOUT, "--basetemp", str(base),
         "--timeout", str(TEST_SECONDS),
     ]  # fmt: skip
-    return subprocess.run(
+    process = subprocess.Popen(
         command,
         cwd=tree,
         env={**environment, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True, text=True, timeout=2 * TEST_SECONDS, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
+    try:
+        said, _ = process.communicate(timeout=2 * TEST_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+    return Ran(code=process.returncode, said=said)
 
 
-def _problem(mutant: Mutant, done: subprocess.CompletedProcess[str]) -> str | None:
-    said = done.stdout + done.stderr
-    match done.returncode:
+def _problem(mutant: Mutant, ran: Ran) -> str | None:
+    said = ran.said
+    match ran.code:
         case 0:
             return f"alive: {mutant.test} passes without it\n{said[-_SHOWN:]}"
         case code if code != _TESTS_FAILED:

@@ -4,7 +4,7 @@ own suite.
 
 import pytest
 
-from tests.helpers.registry import tests_in
+from tests.helpers.registry import functions_in
 from tests.mutants.catalogue import MUTANTS, Mutant
 from tests.mutants.runner import REPOSITORY, verdict_of
 
@@ -22,4 +22,4 @@ def test_names_are_unique() -> None:
 def test_each_is_aimed_at_one_test() -> None:
     for mutant in MUTANTS:
         path, _, name = mutant.test.partition("::")
-        assert name.partition("[")[0] in tests_in(REPOSITORY / path), mutant.test
+        assert name.partition("[")[0] in functions_in(REPOSITORY / path), mutant.test
