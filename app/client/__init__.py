@@ -10,14 +10,14 @@ Each group of methods speaks of one part of the contract. Every call is retried 
 safe; what still fails is a ClientError.
 """
 
+from functools import cached_property
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import httpx
 
 from app.client.admin import Admin
 from app.client.calls import Calls, RetryPolicy, Timeouts
-from app.client.cold_scans import ColdScans, ScanRequest
 from app.client.collection import Collection
 from app.client.databases import Databases
 from app.client.failures import (
@@ -39,6 +39,9 @@ from app.client.truncations import Truncations
 from app.client.upkeep import Upkeep
 from app.core.base.clock import Clock, Randomness, SystemClock, SystemRandomness
 
+if TYPE_CHECKING:
+    from app.client.cold_scans import ColdScans
+
 __all__ = [
     "BopClient",
     "ClientError",
@@ -46,7 +49,6 @@ __all__ = [
     "Record",
     "RecordBatch",
     "RetryPolicy",
-    "ScanRequest",
     "ServiceUnreachable",
     "StreamBroken",
     "Timeouts",
@@ -86,7 +88,7 @@ class BopClient:
             trust_env=trust_env,
             verify=has_tls,
         )
-        calls = Calls(
+        self._calls = calls = Calls(
             self._http,
             clock=clock or SystemClock(),
             randomness=randomness or SystemRandomness(),
@@ -109,7 +111,6 @@ class BopClient:
         )
         self.checkpoints = Checkpoints(calls)
         self.truncations = Truncations(calls)
-        self.cold_scans = ColdScans(calls)
         self.generation_jobs = GenerationJobs(calls)
         self.jobs = Jobs(calls)
         self.operations = Operations(calls)
@@ -117,6 +118,14 @@ class BopClient:
         self.upkeep = Upkeep(calls)
         self.admin = Admin(calls)
         self.collection = Collection(calls)
+
+    @cached_property
+    def cold_scans(self) -> "ColdScans":
+        from app.client.cold_scans import (  # noqa: PLC0415 - awscrt takes 40 ms to load
+            ColdScans,
+        )
+
+        return ColdScans(self._calls)
 
     async def __aenter__(self) -> Self:
         await self._http.__aenter__()

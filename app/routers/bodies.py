@@ -198,7 +198,7 @@ class Spool:
     async def open(self) -> SpoolFile:
         return await self._pool.run(self._open_blocking)
 
-    async def append(self, file: SpoolFile, piece: bytes) -> None:
+    async def append(self, file: SpoolFile, piece: bytes | bytearray) -> None:
         await self._pool.run(_write_blocking, file, piece)
 
     async def frame(
@@ -217,7 +217,7 @@ class Spool:
         return SpoolFile(fd)
 
 
-def _write_blocking(file: SpoolFile, piece: bytes) -> None:
+def _write_blocking(file: SpoolFile, piece: bytes | bytearray) -> None:
     view = memoryview(piece)
     try:
         while view:

@@ -116,7 +116,7 @@ class RawBody:
         if self._check_head is not None:
             return  # its head is not there yet
         held, self._held = self._held, bytearray()
-        await self._spool.append(file, bytes(held))
+        await self._spool.append(file, held)
         self._written_bytes += len(held)
         self._give_back()
 

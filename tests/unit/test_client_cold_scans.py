@@ -5,7 +5,8 @@ import random
 import httpx
 import pytest
 
-from app.client import BopClient, ProblemError, RetryPolicy, ScanRequest, StreamBroken
+from app.client import BopClient, ProblemError, RetryPolicy, StreamBroken
+from app.client.cold_scans import ScanRequest
 from app.client.scan_file import scan_to_file
 from app.core.base.clock import SeededRandomness
 from app.core.formats.cold_scan import Frame, FrameType, ScanEnd, ScanStart, note_frame
