@@ -41,11 +41,11 @@ from app.core.engines.base import (
     encode_plan,
 )
 from app.core.reads.page_cache import CheckpointScope
+from app.core.stores.manifest.conditions import ExpectGeneration
 from app.core.stores.manifest.errors import GenerationMoved, KeyDoomed, LeaseLost
 from app.core.stores.manifest.ops import (
     AcquireLease,
     CompensateCheckpoint,
-    ExpectGeneration,
     Op,
     ReleaseLeases,
     RetireBlob,

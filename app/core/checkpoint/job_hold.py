@@ -2,7 +2,8 @@
 
 from typing import Any, Protocol
 
-from app.core.stores.manifest.ops import Op, Precondition, Receipt
+from app.core.stores.manifest.conditions import Precondition
+from app.core.stores.manifest.ops import Op, Receipt
 from app.core.stores.manifest.records import JobRecord
 
 

@@ -12,13 +12,15 @@ from app.core.engines.base import (
     MergeChunks,
     RewriteBase,
 )
-from app.core.stores.manifest.ops import (
-    CoverSegment,
+from app.core.stores.manifest.conditions import (
     ExpectEpoch,
     ExpectGeneration,
     ExpectLeases,
-    Op,
     Precondition,
+)
+from app.core.stores.manifest.ops import (
+    CoverSegment,
+    Op,
     PublishGeneration,
     ReleaseLeases,
     RememberAppends,

@@ -29,11 +29,9 @@ from app.core.retention.truncation_plan import (
     TruncationRequest,
     plan_truncation,
 )
+from app.core.stores.manifest.conditions import ExpectEpoch, ExpectGeneration, ExpectNoLeases
 from app.core.stores.manifest.ops import (
     CutSegment,
-    ExpectEpoch,
-    ExpectGeneration,
-    ExpectNoLeases,
     Op,
     PublishGeneration,
     RaiseFirstLsn,

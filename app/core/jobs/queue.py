@@ -22,13 +22,11 @@ from app.core.base.events import Events, context_fields
 from app.core.coordination.quota_levels import FreedRate
 from app.core.jobs.feed import JobFeed
 from app.core.jobs.slots import WAITING_KINDS, DatabaseSlots
+from app.core.stores.manifest.conditions import ExpectJobState, ExpectRun, Precondition
 from app.core.stores.manifest.ops import (
     EnqueueJob,
-    ExpectJobState,
-    ExpectRun,
     ManifestBatch,
     Op,
-    Precondition,
     PutMeta,
     Receipt,
     UpdateJob,

@@ -25,8 +25,9 @@ from app.core.base.errors import (
 )
 from app.core.base.events import Events, bound
 from app.core.jobs.queue import JobQueue, job_fields
+from app.core.stores.manifest.conditions import Precondition
 from app.core.stores.manifest.errors import BatchRefused, CancelRequested, RunSuperseded
-from app.core.stores.manifest.ops import Op, Precondition, Receipt
+from app.core.stores.manifest.ops import Op, Receipt
 from app.core.stores.manifest.records import JobFailure, JobKind, JobRecord
 
 SETTLE_SECONDS = 1.0

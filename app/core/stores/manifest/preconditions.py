@@ -4,6 +4,17 @@ from typing import TypeAlias, assert_never
 
 from app.core.stores.manifest.apply_bookkeeping import is_live, leases_of
 from app.core.stores.manifest.apply_catalogue import require_database
+from app.core.stores.manifest.conditions import (
+    ExpectEpoch,
+    ExpectGeneration,
+    ExpectJobState,
+    ExpectLeases,
+    ExpectNoIdempotency,
+    ExpectNoLeases,
+    ExpectNotDoomed,
+    ExpectRun,
+    ExpectSegmentState,
+)
 from app.core.stores.manifest.context import BatchContext
 from app.core.stores.manifest.errors import (
     CancelRequested,
@@ -18,17 +29,6 @@ from app.core.stores.manifest.errors import (
     WrongState,
 )
 from app.core.stores.manifest.gc_queue import is_doomed
-from app.core.stores.manifest.ops import (
-    ExpectEpoch,
-    ExpectGeneration,
-    ExpectJobState,
-    ExpectLeases,
-    ExpectNoIdempotency,
-    ExpectNoLeases,
-    ExpectNotDoomed,
-    ExpectRun,
-    ExpectSegmentState,
-)
 from app.core.stores.manifest.rows import StagedRows
 from app.core.stores.manifest.tables import (
     IDEMPOTENCY,

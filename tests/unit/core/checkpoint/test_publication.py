@@ -15,11 +15,9 @@ from app.core.checkpoint.intents import (
 from app.core.checkpoint.outcome import delta_chain_lengths, result_of
 from app.core.checkpoint.publication import publication_batch
 from app.core.engines.base import CheckpointPlan, CreateDelta, Drop, RewriteBase
+from app.core.stores.manifest.conditions import ExpectEpoch, ExpectGeneration, ExpectLeases
 from app.core.stores.manifest.ops import (
     CoverSegment,
-    ExpectEpoch,
-    ExpectGeneration,
-    ExpectLeases,
     PublishGeneration,
     ReleaseLeases,
     SupersedeChunk,

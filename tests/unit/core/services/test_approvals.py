@@ -15,11 +15,11 @@ from app.core.base.errors import (
 from app.core.base.events import Events
 from app.core.services.approvals import Approvals
 from app.core.services.audit import ActionEnd, AdminAction, Audit
+from app.core.stores.manifest.conditions import ExpectLeases
 from app.core.stores.manifest.errors import LeaseLost
 from app.core.stores.manifest.ops import (
     AcquireLease,
     CreateDatabase,
-    ExpectLeases,
     ManifestBatch,
     PutMeta,
     ReleaseLeases,

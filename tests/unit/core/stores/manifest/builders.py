@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from app.core.base.events import Events
-from app.core.stores.manifest import ops
+from app.core.stores.manifest import conditions, ops
 from app.core.stores.manifest.records import (
     BlobRef,
     ChunkDeltaRecord,
@@ -39,7 +39,7 @@ class FakeClock:
 
 def batch(
     *operations: ops.Op,
-    expect: Sequence[ops.Precondition] = (),
+    expect: Sequence[conditions.Precondition] = (),
     reason: str = "test",
     db_id: int = 0,
 ) -> ops.ManifestBatch:

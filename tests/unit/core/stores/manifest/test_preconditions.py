@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.core.stores.manifest import ops
+from app.core.stores.manifest import conditions, ops
 from app.core.stores.manifest.errors import (
     BatchRefused,
     CancelRequested,
@@ -34,7 +34,7 @@ MARK = ops.PutMeta(name="mark", value=b"1")
 
 
 async def refused(
-    store: ManifestStore, kind: type[BatchRefused], *expect: ops.Precondition
+    store: ManifestStore, kind: type[BatchRefused], *expect: conditions.Precondition
 ) -> None:
     with pytest.raises(kind) as caught:
         await store.commit(batch(MARK, expect=expect))
@@ -43,7 +43,7 @@ async def refused(
         assert view.meta("mark") is None
 
 
-async def met(store: ManifestStore, *expect: ops.Precondition) -> None:
+async def met(store: ManifestStore, *expect: conditions.Precondition) -> None:
     await store.commit(batch(MARK, expect=expect))
     with store.read() as view:
         assert view.meta("mark") == b"1"
@@ -52,49 +52,51 @@ async def met(store: ManifestStore, *expect: ops.Precondition) -> None:
 async def test_expect_generation(store: ManifestStore) -> None:
     db_id = await create_database(store)
     await store.commit(batch(publish(db_id)))
-    await refused(store, GenerationMoved, ops.ExpectGeneration(db_id=db_id, generation=0))
-    await refused(store, MissingRow, ops.ExpectGeneration(db_id=99, generation=0))
-    await met(store, ops.ExpectGeneration(db_id=db_id, generation=1))
+    await refused(store, GenerationMoved, conditions.ExpectGeneration(db_id=db_id, generation=0))
+    await refused(store, MissingRow, conditions.ExpectGeneration(db_id=99, generation=0))
+    await met(store, conditions.ExpectGeneration(db_id=db_id, generation=1))
 
 
 async def test_expect_run(store: ManifestStore) -> None:
     await store.commit(batch(ops.EnqueueJob(job=job(state="in_flight", run=2))))
-    await refused(store, RunSuperseded, ops.ExpectRun(job_id="J1", run=1))
-    await refused(store, RunSuperseded, ops.ExpectRun(job_id="J9", run=2))
+    await refused(store, RunSuperseded, conditions.ExpectRun(job_id="J1", run=1))
+    await refused(store, RunSuperseded, conditions.ExpectRun(job_id="J9", run=2))
     await store.commit(batch(ops.UpdateJob(job_id="J1", changes={"cancel_requested": True})))
-    await refused(store, CancelRequested, ops.ExpectRun(job_id="J1", run=2))
+    await refused(store, CancelRequested, conditions.ExpectRun(job_id="J1", run=2))
     await store.commit(batch(ops.UpdateJob(job_id="J1", changes={"state": "pending"})))
-    await refused(store, RunSuperseded, ops.ExpectRun(job_id="J1", run=2, allow_cancelled=True))
+    await refused(
+        store, RunSuperseded, conditions.ExpectRun(job_id="J1", run=2, allow_cancelled=True)
+    )
     await store.commit(batch(ops.UpdateJob(job_id="J1", changes={"state": "in_flight"})))
-    await met(store, ops.ExpectRun(job_id="J1", run=2, allow_cancelled=True))
+    await met(store, conditions.ExpectRun(job_id="J1", run=2, allow_cancelled=True))
 
 
 async def test_expect_job_state(store: ManifestStore) -> None:
     await store.commit(batch(ops.EnqueueJob(job=job())))
-    await refused(store, WrongState, ops.ExpectJobState(job_id="J1", states=("in_flight",)))
-    await refused(store, MissingRow, ops.ExpectJobState(job_id="J9", states=("pending",)))
-    await met(store, ops.ExpectJobState(job_id="J1", states=("in_flight", "pending")))
+    await refused(store, WrongState, conditions.ExpectJobState(job_id="J1", states=("in_flight",)))
+    await refused(store, MissingRow, conditions.ExpectJobState(job_id="J9", states=("pending",)))
+    await met(store, conditions.ExpectJobState(job_id="J1", states=("in_flight", "pending")))
 
 
 async def test_expect_not_doomed(store: ManifestStore) -> None:
     await store.commit(batch(retire("a"), retire("b"), ops.DoomBlob(key="a")))
-    await refused(store, KeyDoomed, ops.ExpectNotDoomed(keys=("b", "a")))
-    await met(store, ops.ExpectNotDoomed(keys=("b", "c")))
+    await refused(store, KeyDoomed, conditions.ExpectNotDoomed(keys=("b", "a")))
+    await met(store, conditions.ExpectNotDoomed(keys=("b", "c")))
 
 
 async def test_expect_epoch(store: ManifestStore) -> None:
     store.set_epoch(4)
-    await refused(store, EpochSuperseded, ops.ExpectEpoch(epoch=3))
-    await met(store, ops.ExpectEpoch(epoch=4))
+    await refused(store, EpochSuperseded, conditions.ExpectEpoch(epoch=3))
+    await met(store, conditions.ExpectEpoch(epoch=4))
 
 
 async def test_expect_segment_state(store: ManifestStore) -> None:
     db_id = await create_database(store)
     await store.commit(batch(ops.RegisterSegment(row=segment(db_id))))
-    expected = ops.ExpectSegmentState(db_id=db_id, segment_id=1, state="sealed")
+    expected = conditions.ExpectSegmentState(db_id=db_id, segment_id=1, state="sealed")
     await refused(store, WrongState, expected)
     await refused(
-        store, MissingRow, ops.ExpectSegmentState(db_id=db_id, segment_id=2, state="sealed")
+        store, MissingRow, conditions.ExpectSegmentState(db_id=db_id, segment_id=2, state="sealed")
     )
     await store.commit(batch(ops.SealSegment(db_id=db_id, segment_id=1, last_lsn=3, bytes=9)))
     await met(store, expected)
@@ -104,7 +106,7 @@ async def test_expect_no_idempotency(store: ManifestStore) -> None:
     record = IdempotencyRecord(
         scope_hash=b"s" * 32, body_hash=b"b", created_at_us=1, status=201, headers={}, body=b"{}"
     )
-    expected = ops.ExpectNoIdempotency(scope_hash=record.scope_hash)
+    expected = conditions.ExpectNoIdempotency(scope_hash=record.scope_hash)
     await store.commit(batch(ops.PutIdempotency(record=record), expect=[expected]))
     await refused(store, IdempotencyExists, expected)
     with store.read() as view:
@@ -121,8 +123,8 @@ async def test_expect_leases_wants_exactly_the_live_ones(
     first, second = receipt.results
     assert second > first
 
-    def expected(*tokens: tuple[int, int]) -> ops.ExpectLeases:
-        return ops.ExpectLeases(db_id=1, job_id="J1", tokens=tokens)
+    def expected(*tokens: tuple[int, int]) -> conditions.ExpectLeases:
+        return conditions.ExpectLeases(db_id=1, job_id="J1", tokens=tokens)
 
     both = expected((0, first), (1, second))
     for wrong in (expected((0, first)), expected((0, first), (1, first)), expected()):
@@ -136,8 +138,10 @@ async def test_expect_leases_wants_exactly_the_live_ones(
 async def test_an_earlier_run_is_fenced_by_the_later_ones_token(store: ManifestStore) -> None:
     old = (await store.commit(batch(lease()))).results[0]
     new = (await store.commit(batch(lease()))).results[0]
-    await refused(store, LeaseLost, ops.ExpectLeases(db_id=1, job_id="J1", tokens=((0, old),)))
-    await met(store, ops.ExpectLeases(db_id=1, job_id="J1", tokens=((0, new),)))
+    await refused(
+        store, LeaseLost, conditions.ExpectLeases(db_id=1, job_id="J1", tokens=((0, old),))
+    )
+    await met(store, conditions.ExpectLeases(db_id=1, job_id="J1", tokens=((0, new),)))
 
 
 async def test_lease_conflict_names_the_holder(store: ManifestStore, clock: FakeClock) -> None:
@@ -205,7 +209,9 @@ async def test_leases_of_an_earlier_process_are_dead(tmp_path) -> None:
     token = (await store.commit(batch(lease(ttl_seconds=1e9)))).results[0]
     await store.aclose()
     store = await open_store(tmp_path / "manifest", process_id="new")
-    await refused(store, LeaseLost, ops.ExpectLeases(db_id=1, job_id="J1", tokens=((0, token),)))
+    await refused(
+        store, LeaseLost, conditions.ExpectLeases(db_id=1, job_id="J1", tokens=((0, token),))
+    )
     with pytest.raises(LeaseLost):
         await store.commit(batch(ops.RenewLeases(job_id="J1", ttl_seconds=1.0)))
     await store.commit(batch(lease("J2", chunk_id=1)))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.core.stores.manifest import ops
+from app.core.stores.manifest import conditions, ops
 from app.core.stores.manifest.errors import LeaseConflict, LeaseLost, WrongState
 from tests.unit.core.stores.manifest.builders import (
     batch,
@@ -67,13 +67,13 @@ async def test_sealing_again_leaves_a_cut_as_it_is(store, db_id):
 
 async def test_a_live_lease_of_the_database_refuses(store, clock):
     db_id = await create_database(store)
-    none = batch(expect=[ops.ExpectNoLeases(db_id=db_id)])
+    none = batch(expect=[conditions.ExpectNoLeases(db_id=db_id)])
     await store.commit(none)
     await store.commit(batch(lease("J1", chunk_id=5)))
     with pytest.raises(LeaseConflict) as refused:
         await store.commit(none)
     assert refused.value.fields["holder"] == "J1"
-    await store.commit(batch(expect=[ops.ExpectNoLeases(db_id=db_id + 1)]))
+    await store.commit(batch(expect=[conditions.ExpectNoLeases(db_id=db_id + 1)]))
     clock.monotonic_seconds += 60
     await store.commit(none)
 
@@ -82,7 +82,7 @@ async def test_a_released_lease_refuses_no_more(store):
     db_id = await create_database(store)
     await store.commit(batch(lease("J1")))
     await store.commit(batch(ops.ReleaseLeases(job_id="J1")))
-    await store.commit(batch(expect=[ops.ExpectNoLeases(db_id=db_id)]))
+    await store.commit(batch(expect=[conditions.ExpectNoLeases(db_id=db_id)]))
 
 
 async def test_reaping_takes_the_expired_and_leaves_the_live(store, clock):
