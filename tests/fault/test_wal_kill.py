@@ -90,5 +90,7 @@ def test_kill_at_any_moment_keeps_what_was_acknowledged(tmp_path: Path) -> None:
             if len(numbers(said, "acked")) == wanted:
                 break
         child.kill()
-        said += child.communicate(timeout=60)[0].splitlines()
+        said += child.stdout  # communicate() would leave out what is in its buffer
+        child.stdout.close()
+        child.wait(timeout=60)
         asyncio.run(check(root, said))

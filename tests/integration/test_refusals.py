@@ -2,13 +2,16 @@
 
 import asyncio
 import json
+import shutil
 import socket
 import struct
 
 import httpx
 import pytest
 
+from app.container import fsck
 from app.core.formats.record_framing import pack_records
+from app.settings import Settings
 from tests.conftest import MakeServer
 from tests.helpers.server import ServerProcess
 from tests.helpers.wait import wait_until
@@ -241,6 +244,32 @@ async def test_bit_rot_in_acknowledged_wal_is_told_and_nothing_is_cut(log):
     await log.client.put(other, json={"engine": "append_only"})
     told = await log.client.post(f"{other}/records", content=pack_records([b"x"]), headers=FRAMED)
     assert told.status_code == 201
+
+
+async def test_a_manifest_older_than_the_wal_takes_nothing_from_it(log):
+    """A backup was put back, and records were acknowledged after it was made (I1, I14)."""
+    await log.client.post(URL, content=pack_records([b"published"]), headers=FRAMED)
+    job = (await log.client.post("/checkpoints", json={"tenant": "acme", "database": "log"})).json()
+    assert (await log.client.get(f"/jobs/{job['id']}?wait=30")).json()["state"] == "completed"
+    backup = (await log.client.post("/admin/manifest/backup")).json()["path"]
+    for _ in range(2):
+        await log.client.post(URL, content=pack_records([b"later"]), headers=FRAMED)
+    await log.terminate()
+    shutil.rmtree(log.data_dir / "manifest")
+    shutil.copytree(backup, log.data_dir / "manifest")
+    [path] = (log.data_dir / "wal").rglob("*.wal")
+    data = path.read_bytes()
+    report = await fsck(Settings(data_dir=log.data_dir))
+    assert [(one.invariant, "older" in one.detail) for one in report.findings] == [("I1", True)]
+    await log.start()
+    assert (await log.client.get(LOG)).json()["health"]["state"] == "corrupt_wal"
+    refused = await log.client.post(URL, content=pack_records([b"x"]), headers=FRAMED)
+    assert_problem(refused, 500, "corrupt_wal")
+    read = await log.client.get(
+        f"{LOG}/records?from_lsn=1", headers={"Accept": FRAMED["Content-Type"]}
+    )
+    assert read.content == pack_records([b"published"])
+    assert path.read_bytes() == data
 
 
 async def test_lost_wal_is_told_and_its_lsns_are_never_given_out_again(log):

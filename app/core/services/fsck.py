@@ -36,6 +36,12 @@ from app.core.stores.manifest.replay import Catalogue, replay
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.manifest.view import ManifestView
 from app.core.stores.remote.protocol import BlobMissing, RemoteStore
+from app.core.stores.wal.disk import SystemDisk
+from app.core.stores.wal.unregistered import (
+    known_lsn,
+    newer_than_rows_blocking,
+    segment_ids_blocking,
+)
 from app.core.stores.wal.verification import verify_segment_blocking
 
 HEADS_AT_ONCE = 8
@@ -226,6 +232,29 @@ class Fsck:
                     continue
                 except Damage as damage:
                     notes.add("I1", where, str(damage))
+
+        for database in seen.databases:
+            if (newer := await self._newer_than_rows(database.db_id)) is not None:
+                where = f"wal/{database.db_id}/{newer}"
+                notes.add("I1", where, "acknowledged after this manifest, an older one, was made")
+
+    async def _newer_than_rows(self, db_id: int) -> int | None:
+        """The files first: by the time their rows are read, each acknowledged one has its row."""
+        disk, directory = SystemDisk(), self._wal_root / str(db_id)
+        files = await self._pool.run(segment_ids_blocking, disk, directory)
+        with self._manifest.read() as view:
+            database, rows = view.database(db_id), view.segments(db_id)
+        if database is None or files <= {row.segment_id for row in rows}:
+            return None
+        return await self._pool.run(
+            lambda: newer_than_rows_blocking(
+                disk,
+                directory,
+                db_id=db_id,
+                segment_ids=files - {row.segment_id for row in rows},
+                known_lsn=known_lsn(database.floor_lsn, rows),
+            )
+        )
 
     async def _still(self, row: WalSegmentRecord) -> bool:
         with self._manifest.read() as view:

@@ -2,7 +2,8 @@
 
 Invariants: I1: what was acknowledged is kept whole, what was not is kept whole or cut; damage to
 what was acknowledged is reported and nothing is cut. I13: files without a row held nothing
-acknowledged and go. I14: LSNs go on above all that may have been given out.
+acknowledged and go, unless their entries say otherwise (`unregistered`). I14: LSNs go on above all
+that may have been given out.
 Crash: nothing was changed.
 
 A bad entry had been durable, so that it is damage and no torn tail, if a later intact entry says
@@ -27,10 +28,14 @@ from app.core.stores.wal.segments import (
     Segment,
     SegmentInfo,
     SegmentMarks,
-    segment_id_of,
     segment_name,
 )
 from app.core.stores.wal.tail_scan import Boundary, KeyedRequests, TailScan
+from app.core.stores.wal.unregistered import (
+    known_lsn,
+    newer_than_rows_blocking,
+    segment_ids_blocking,
+)
 
 Health = Literal["ok", "corrupt_wal", "wal_lost"]
 
@@ -90,8 +95,7 @@ class _Recovery:
         self._directory = directory
         self._config = config
         self._rows = sorted(rows, key=lambda row: row.segment_id)
-        names = disk.list_names(directory)
-        self._files = {found for name in names if (found := segment_id_of(name)) is not None}
+        self._files = segment_ids_blocking(disk, directory)
         self._found = Recovered(next_lsn=config.floor_lsn)
         self._requests = KeyedRequests()
         self._tail: TailScan | None = None
@@ -109,6 +113,7 @@ class _Recovery:
         else:
             known = {row.segment_id for row in self._rows}
             found.unregistered_ids = tuple(sorted(self._files - known))
+            self._keep_newer_than_rows()
         found.remembered = self._requests.found
         found.next_lsn = max(
             found.next_lsn,
@@ -117,6 +122,23 @@ class _Recovery:
             1,
         )
         return found
+
+    def _keep_newer_than_rows(self) -> None:
+        found, config = self._found, self._config
+        newer = newer_than_rows_blocking(
+            self._disk,
+            self._directory,
+            db_id=config.db_id,
+            segment_ids=found.unregistered_ids,
+            known_lsn=known_lsn(config.floor_lsn, self._rows),
+        )
+        if newer is not None:
+            found.health = "corrupt_wal"
+            found.damage = (
+                "it holds what was acknowledged after the manifest, an older one, was made"
+            )
+            found.damaged_segment_id = newer
+            found.unsealed, found.to_cut, found.unregistered_ids, found.cut = [], [], (), None
 
     def _note_lost(self) -> None:
         lost = [

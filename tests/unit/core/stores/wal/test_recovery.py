@@ -328,6 +328,31 @@ async def test_a_file_without_a_row_held_nothing_acknowledged(place: Place) -> N
         assert not stray.exists()
 
 
+async def test_a_file_of_after_the_manifest_was_copied_stays_and_stops_the_log(
+    place: Place,
+) -> None:
+    """The manifest was put back from a backup: what was acknowledged since is not taken for the
+    remains of a crash, and its LSNs are not given out again.
+    """
+    async with place.log() as log:
+        await append(log, b"one")
+        await log.seal()
+        backup = place.catalog.copy()
+        await append(log, b"two")
+        await append(log, b"three")
+    before = contents(place)
+    place.catalog = backup
+    async with place.log(floor_lsn=2) as log:
+        assert log.health == "corrupt_wal"
+        assert read_all(log) == {1: b"one"}
+        with pytest.raises(CorruptWal):
+            await append(log, b"other")
+    assert contents(place) == before
+    async with place.log(floor_lsn=4) as log:  # the same files, where the rows have gone in order
+        assert log.health == "ok"
+    assert len(place.files()) == 1
+
+
 async def test_a_file_without_a_row_stays_beside_damage(place: Place) -> None:
     put_segment(place, 1, entry(1, b"one", durable_lsn=0), entry(3, b"x", durable_lsn=2))
     stray = put_segment(place, 9, entry(9, b"two", durable_lsn=1))
