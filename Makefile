@@ -54,11 +54,11 @@ tools: setup ## what has no place among the pins: promtool, strace, checkov
 test: lint tools ## all of it: lint, unit, integration and fault tests, with coverage; planted mutants
 	rm -f .coverage .coverage.*
 	$(PYTEST) tests/unit tests/integration tests/ops -n $(WORKERS) --dist loadgroup -q --cov=app --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
-	$(PYTEST) tests/fault tests/simulation tests/mutants -n $(WORKERS) --dist loadgroup -q
+	$(PYTEST) tests/fault tests/simulation tests/fuzz tests/mutants -n $(WORKERS) --dist loadgroup -q
 
 .PHONY: fault
-fault: setup ## kills, power cuts, disk and network faults; the simulation
-	$(PYTEST) tests/fault tests/simulation -n $(WORKERS) --dist loadgroup -q
+fault: setup ## kills, power cuts, disk and network faults, simulation, hostile bytes
+	$(PYTEST) tests/fault tests/simulation tests/fuzz -n $(WORKERS) --dist loadgroup -q
 
 .PHONY: mutants
 mutants: setup ## take one protection out after another, and see the test aimed at it fail

@@ -76,7 +76,7 @@ def _tenant_of(request: Request, members: dict[str, Any]) -> str | None:
 def _members(body: bytes) -> dict[str, Any]:
     try:
         found = msgspec.json.decode(body) if body else {}
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         return {}  # it will be refused; what came is recorded as text
     return found if isinstance(found, dict) else {}
 

@@ -90,7 +90,7 @@ def decode_cursor(text: str, kind: type[K]) -> K:
     try:
         raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
         return _checked(msgspec.json.decode(raw, type=kind))
-    except (binascii.Error, ValueError, msgspec.MsgspecError) as error:
+    except (binascii.Error, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise InvalidRequest(
             "The cursor is not one that this list gave out.",
             errors=[{"loc": ["query", "cursor"], "msg": "Not a cursor", "type": "cursor"}],

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 import zstandard
 
-from app.core.base.errors import CorruptBlob, FormatFromFuture
+from app.core.base.errors import CorruptBlob
+from app.core.formats.json_document import decode_json_document
 from app.core.stores.manifest.records import (
     BlobRef,
     ChunkDeltaRecord,
@@ -201,16 +202,15 @@ def encode_document(document: GenerationDocument) -> bytes:
 def decode_document(data: bytes, *, key: str) -> GenerationDocument:
     """Raises CorruptBlob, or FormatFromFuture for a newer version."""
     try:
+        # The library allocates what the frame promises, so the promise is looked at first.
+        if zstandard.frame_content_size(data) > DOCUMENT_BYTES_MAX:
+            raise CorruptBlob("A generation document of an impossible size.", key=key)
         plain = zstandard.ZstdDecompressor().decompress(data, max_output_size=DOCUMENT_BYTES_MAX)
-        head = msgspec.json.decode(plain)
-        if head.get("format") == FORMAT and head.get("version", 0) > VERSION:
-            raise FormatFromFuture("A generation document is of a newer version.", key=key)
-        document = msgspec.convert(head, GenerationDocument)
-    except (zstandard.ZstdError, msgspec.MsgspecError, AttributeError) as error:
-        raise CorruptBlob("A generation document cannot be read.", key=key) from error
-    if document.format != FORMAT:
-        raise CorruptBlob("Not a generation document.", key=key)
-    return document
+    except zstandard.ZstdError as error:
+        raise CorruptBlob("A generation document cannot be decompressed.", key=key) from error
+    return decode_json_document(
+        plain, GenerationDocument, document_format=FORMAT, version_max=VERSION, key=key
+    )
 
 
 def restored_rows(document: GenerationDocument) -> list[ChunkRecord]:

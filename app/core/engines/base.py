@@ -284,7 +284,7 @@ def decode_plan(data: bytes) -> CheckpointPlan:
     """Raises InvariantViolation for a plan that this version did not write."""
     try:
         plan = _decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, ValueError) as error:  # bytes that are no UTF-8
         raise InvariantViolation("a persisted plan cannot be read", reason=str(error)) from error
     if plan.version != PLAN_VERSION:
         raise InvariantViolation("a persisted plan has an unknown version", version=plan.version)

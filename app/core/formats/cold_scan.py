@@ -209,5 +209,5 @@ def _type(code: int) -> FrameType:
 def _decoded(into: type[T], payload: bytes | memoryview) -> T:
     try:
         return msgspec.json.decode(payload, type=into)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Damage(f"a frame does not hold what its type says: {error}") from error

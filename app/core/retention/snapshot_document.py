@@ -8,8 +8,9 @@ import hashlib
 
 import msgspec
 
-from app.core.base.errors import CorruptBlob, FormatFromFuture
+from app.core.base.errors import CorruptBlob
 from app.core.formats.crc64 import crc64
+from app.core.formats.json_document import decode_json_document
 from app.core.stores.manifest.records import BlobRef, DatabaseRecord, SnapshotRecord
 from app.core.stores.remote.keys import snapshot_meta_key
 
@@ -58,16 +59,10 @@ def with_document(database: DatabaseRecord, row: SnapshotRecord) -> SnapshotReco
 
 def decode_snapshot(data: bytes, *, key: str) -> SnapshotDocument:
     """Raises CorruptBlob, or FormatFromFuture for a newer version."""
-    try:
-        head = msgspec.json.decode(data)
-        if head.get("format") == FORMAT and head.get("version", 0) > VERSION:
-            raise FormatFromFuture("A snapshot document is of a newer version.", key=key)
-        document = msgspec.convert(head, SnapshotDocument)
-    except (msgspec.MsgspecError, AttributeError) as error:
-        raise CorruptBlob("A snapshot document cannot be read.", key=key) from error
-    if document.format != FORMAT or not key.endswith(
-        f"/meta-{hashlib.sha256(data).hexdigest()}.json"
-    ):
+    document = decode_json_document(
+        data, SnapshotDocument, document_format=FORMAT, version_max=VERSION, key=key
+    )
+    if not key.endswith(f"/meta-{hashlib.sha256(data).hexdigest()}.json"):
         raise CorruptBlob("Not the snapshot document of its key.", key=key)
     return document
 

@@ -107,3 +107,10 @@ async def test_an_admin_endpoint_that_knows_nothing_of_the_audit_log_is_in_it(ad
     assert answer.status_code == 500
     (entry,) = admin.service.services.audit.entries
     assert (entry.action, entry.outcome) == ("POST /admin/careless", "failed")
+
+
+@pytest.mark.parametrize("body", [b"[" * 200_000, b'{"reason": "\xe5"}', b'{"a":' * 100_000])
+async def test_a_body_that_cannot_be_read_is_refused_and_recorded(admin: Running, body: bytes):
+    headers = {**bearer("all"), "Content-Type": "application/json"}
+    answer = await admin.client.post(RELEASE, content=body, headers=headers)
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
