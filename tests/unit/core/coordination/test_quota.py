@@ -402,12 +402,64 @@ async def test_cancelled_while_reclaiming_takes_nothing():
 
 
 async def test_trim_drops_cache_down_to_a_lowered_limit():
-    quota = make_quota(1000)
-    quota.add_reclaimer(Cache(quota, [300, 300]))
+    quota = make_quota(600)
+    cache = Cache(quota, [300, 300])
+    quota.add_reclaimer(cache)
     assert await quota.trim() == 0
-    quota.set_global_limit(400)
+    assert cache.asked == []
+    quota.set_global_limit(599)
     assert await quota.trim() == 300
-    assert used(quota)["global"] == 300
+    quota.set_global_limit(0)
+    assert await quota.trim() == 300
+    assert (cache.asked, used(quota)) == ([1, 300], EMPTY)
+
+
+async def test_room_is_made_for_what_cannot_wait():
+    quota = make_quota(1000)
+    cache = Cache(quota, [600])
+    quota.add_reclaimer(cache)
+    quota.set_tenant_limits("small", limit_bytes=50, job_limit_bytes=None)
+    assert quota.reserve_now(tenant="acme", job_id=None, size_bytes=500) is None
+    assert (cache.account.missing_bytes(500), cache.account.missing_bytes(400)) == (100, 0)
+    with pytest.raises(QuotaExhausted) as refused:
+        await quota.make_room(tenant="small", size_bytes=500)
+    assert refused.value.fields["level"] == "tenant"
+    assert cache.asked == []
+    await quota.make_room(tenant="acme", size_bytes=500)
+    assert cache.asked == [100]
+    assert quota.reserve_now(tenant="acme", job_id="J1", size_bytes=500) is not None
+    assert quota.holders() == ("J1",)
+
+
+async def test_refusals_and_overruns_are_told():
+    told: list[tuple[str, dict]] = []
+    events = Events()
+    events.subscribe(lambda name, level, fields: told.append((name, dict(fields))))
+    quota = StorageQuota(
+        global_limit_bytes=10, drain_limit_bytes=50, clock=FakeClock(), events=events
+    )
+    with pytest.raises(QuotaExhausted):
+        await quota.reserve(tenant="acme", job_id="J1", size_bytes=11)
+    await quota.reserve(tenant="acme", job_id="J1", size_bytes=51, drain=True)
+    assert told == [
+        ("quota.exhausted", {"level": "global", "tenant": "acme", "requested_bytes": 11}),
+        ("quota.drain_overrun", {"job_id": "J1", "bytes": 51}),
+    ]
+
+
+async def test_an_account_charges_by_name():
+    quota = make_quota(1000)
+    cache = quota.account(kind=UsageKind.HOT_CACHE, tenant=None)
+    scratch = quota.account(kind=UsageKind.SCRATCH, owner="J1", tenant="acme")
+    for name in ("one", "two"):  # of the same file
+        cache.charge(name, device=1, inode=1, size_bytes=100)
+    scratch.charge("chunk-0", device=1, inode=2, size_bytes=30)
+    cache.discharge("one", device=1, inode=1)
+    assert used(quota) == {**EMPTY, "global": 130, "tenants": {"acme": 30}}
+    quota.forget_scratch("J1")
+    assert used(quota) == {**EMPTY, "global": 100}
+    quota.forget(kind=UsageKind.HOT_CACHE, owner="")
+    assert used(quota) == EMPTY
 
 
 def link(kind: UsageKind, owner: str, name: str, tenant: str | None) -> UsageLink:

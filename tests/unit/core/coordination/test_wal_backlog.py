@@ -1,5 +1,7 @@
 """WAL back-pressure: judged per database, fair among tenants."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,10 +107,18 @@ def test_dirty_databases_come_oldest_first_and_go_when_removed(backlog):
         write(backlog, entry, 1, now=now)
     assert [entry.db_id for entry in backlog.dirty()] == [3, 2, 1, 0]
     assert [entry.db_id for entry in backlog.dirty("a")] == [2, 0]
-    for entry in entries:
+    assert [backlog.dirty_since(n) for n in (3, 0, 9)] == [0, 3, math.inf]
+    assert backlog.get(2) is entries[2]
+    for entry in (*entries, entries[0]):  # again is harmless
         backlog.remove(entry)
     assert (backlog.dirty(), backlog.total_bytes, backlog.get(0)) == ([], 0, None)
     assert backlog.share_bytes(backlog.add(db_id=9, tenant="z")) == 1000
+
+
+def test_of_those_that_became_dirty_together_the_lowest_id_comes_first(backlog):
+    for db_id in (2, 1, 3):
+        write(backlog, backlog.add(db_id=db_id, tenant="a"), 1)
+    assert [entry.db_id for entry in backlog.dirty()] == [1, 2, 3]
 
 
 @given(

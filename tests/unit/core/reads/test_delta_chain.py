@@ -77,9 +77,23 @@ def test_contradictions_are_bugs():
         delta_chain(0, [base(1), base(2)], [], generation=2)
 
 
+def test_of_one_generation_the_later_delta_wins():
+    deltas = [delta(2, [1], delta_id=3), delta(2, [1, 2], delta_id=4), delta(2, [1], delta_id=2)]
+    assert layer_name(delta_chain(0, [], deltas, generation=2), 1) == "delta-2-4"
+
+
+def test_a_chain_says_what_it_takes_of_memory():
+    pages = range(1, 20_000, 2)
+    plain = delta_chain(0, [base(1)], [], generation=2).memory_bytes
+    row = delta(2, pages)
+    assert plain >= 1024
+    assert delta_chain(0, [base(1)], [row], generation=2).memory_bytes - plain >= len(row.pages)
+
+
 def test_a_base_shows_only_what_is_visible_of_it():
     chain = delta_chain(0, [base(1, first=11, last=20, visible_last=15)], [], generation=1)
     seen = chain.layers_of(1, 30)
+    assert seen.dtype == np.int8, "a byte a page"
     assert np.flatnonzero(seen != NO_LAYER).tolist() == list(range(10, 15))
 
 

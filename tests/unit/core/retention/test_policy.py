@@ -49,6 +49,12 @@ def test_the_window_counts_from_the_end_of_a_generation() -> None:
     assert kept(records, now=105, **rule) == [2]
 
 
+def test_one_of_which_no_end_is_known_stays() -> None:
+    records = [generation(1, None), generation(2, SECOND), generation(3, None)]
+    off = {"keep_generations": None, "keep_seconds": None, "minimum_generations": 1}
+    assert kept(records, now=1000, **off) == [1, 3]
+
+
 def test_a_fork_counts_from_its_first_generation() -> None:
     records = [generation(7, SECOND), generation(8, None)]
     assert kept(records, now=99, keep_generations=2, keep_seconds=None) == [7, 8]

@@ -97,10 +97,30 @@ def test_a_head_over_everything_leaves_what_is_only_in_the_wal():
     assert (planned.first_lsn, planned.cuts) == (31, ())
 
 
-def test_a_head_over_everything_without_wal_leads_to_the_next_lsn():
-    planned = plan(head(31), CHUNKS, published=30, floor_lsn=500)
+@pytest.mark.parametrize(
+    ("segments", "floor_lsn", "first_lsn"),
+    [
+        ([], 500, 500),
+        ([], 0, 31),
+        ([segment(501, 0, "open")], 0, 501),
+        ([segment(31, 40, "dropped"), segment(1, 10, "checkpointed")], 41, 41),
+    ],
+    ids=["floor", "next", "open segment", "nothing of dropped and published ones"],
+)
+def test_a_head_over_everything_leads_to_the_next_lsn(segments, floor_lsn, first_lsn):
+    planned = plan(head(31), CHUNKS, segments, published=30, floor_lsn=floor_lsn)
     assert planned is not None
-    assert planned.first_lsn == 500
+    assert planned.first_lsn == first_lsn
+
+
+def test_a_head_publishes_no_lsn_and_raises_no_floor():
+    segments = [segment(1, 10, "checkpointed"), segment(11, 11, "checkpointed")]
+    assert plan(head(11), CHUNKS, segments, published=30, floor_lsn=31) == TruncationPlan(
+        db_id=7, expected_generation=GENERATION, covered_from=31, published_lsn=30,
+        superseded=CHUNKS[:1], renewed=(),
+        cuts=(SegmentCut(segment_id=1, visible_last=0, drops_all=True),),
+        first_lsn=11, floor_lsn=31, dropped_first=1, dropped_last=10,
+    )  # fmt: skip
 
 
 def test_a_head_takes_along_wal_that_waits_to_be_removed():
@@ -174,6 +194,15 @@ def test_what_is_dropped_already_is_not_dropped_again():
     assert (superseded(planned), planned.cuts) == ([0], ())
 
 
+def test_a_tail_leaves_where_reading_starts():
+    chunks = [chunk(0, 3, 10), chunk(1, 11, 20)]
+    assert plan(tail(11, 20), chunks, published=20, first_lsn=5) == TruncationPlan(
+        db_id=7, expected_generation=GENERATION, covered_from=21, published_lsn=20,
+        superseded=(chunks[1],), renewed=(), cuts=(), first_lsn=5, floor_lsn=21,
+        dropped_first=11, dropped_last=20,
+    )  # fmt: skip
+
+
 def test_a_published_watermark_never_falls():
     planned = plan(tail(5, 10), [chunk(0, 1, 10)], published=500, floor_lsn=501)
     assert planned is not None
@@ -208,8 +237,9 @@ def test_a_tail_reaches_no_further_back_than_reading():
 
 def test_a_head_up_to_the_next_lsn():
     check_range(head(36, 35), database(), [])
-    with pytest.raises(LsnOutOfRange):
+    with pytest.raises(LsnOutOfRange, match=r"37 .* 36") as refused:
         check_range(head(37, 35), database(), [])
+    assert refused.value.fields == {"next_lsn": 36}
 
 
 def test_a_request_survives_its_job():

@@ -11,9 +11,15 @@ from app.core.workers.checkpoint_schedule import CheckpointSchedule, next_due, p
 def test_due_within_an_interval_and_at_the_databases_place(db_id, interval, now):
     due = next_due(db_id, interval_seconds=interval, now=now)
     assert now < due <= now + interval + 1e-3
+    assert 0 <= phase_of(db_id) < 1
     assert (due - phase_of(db_id) * interval) / interval == pytest.approx(
         round((due - phase_of(db_id) * interval) / interval), abs=1e-3
     )
+
+
+def test_rounding_makes_no_moment_due_that_has_come_already():
+    now = float.fromhex("0x1.2960288e69d5bp+8")  # the place of 833, of which a sum falls short
+    assert next_due(833, interval_seconds=0.7, now=now) == pytest.approx(now + 0.7)
 
 
 @pytest.mark.parametrize("first_id", [1, 17, 1000])

@@ -10,7 +10,13 @@ from app.core.engines.append_only.coalescing import (
     pick_run,
     plan_coalescing,
 )
-from app.core.engines.base import MergeChunks, decode_plan, encode_plan
+from app.core.engines.base import (
+    CheckpointPlan,
+    MergeChunks,
+    MergeSource,
+    decode_plan,
+    encode_plan,
+)
 from app.core.stores.manifest.records import BlobRef, ChunkRecord, DatabaseRecord
 
 CHUNK_BYTES = 64 * 1024
@@ -72,24 +78,37 @@ def test_gaps_cuts_drops_and_inherited_chunks_are_not_crossed():
 
 
 def test_the_plan_supersedes_the_sources_and_publishes_no_lsn():
-    chunks = log_of(600, 600, 9000)
+    chunks = log_of(400, 400, 400, 9000)
     chunks[1] = msgspec.structs.replace(chunks[1], line_safe=False)
+    database = msgspec.structs.replace(DATABASE, wal_position=b"where")
     plan = plan_coalescing(
-        DATABASE, chunks, published_lsn=30, checkpoint_id="0000000041-000003-01J", epoch=3
+        database, chunks, published_lsn=40, checkpoint_id="0000000041-000003-01J", epoch=3
     )
     assert plan is not None
     assert decode_plan(encode_plan(plan)) == plan
     [merge] = plan.actions
     assert isinstance(merge, MergeChunks)
-    assert (merge.chunk_id, merge.first_lsn, merge.last_lsn) == (0, 1, 20)
-    assert [(each.chunk_id, each.generation) for each in merge.sources] == [(0, 1), (1, 2)]
-    assert merge.line_safe is False
-    assert (plan.first_lsn, plan.last_lsn, plan.target_generation) == (31, 30, 41)
-    assert plan.next_chunk_id == DATABASE.next_chunk_id
+    assert merge == MergeChunks(
+        chunk_id=0,
+        sources=(
+            MergeSource(chunk_id=0, generation=1, bytes=200),
+            MergeSource(chunk_id=1, generation=2, bytes=200),
+            MergeSource(chunk_id=2, generation=3, bytes=200),
+        ),
+        first_lsn=1,
+        last_lsn=30,
+        segment_bytes=1200,
+        line_safe=False,
+    )
+    assert plan == CheckpointPlan(
+        engine="append_only", db_id=7, checkpoint_id="0000000041-000003-01J", epoch=3,
+        expected_generation=40, first_lsn=41, last_lsn=40, page_count=0, next_chunk_id=99,
+        codec="zstd", actions=(merge,), wal_position=b"where",
+    )  # fmt: skip
     assert plan.segment_ids == ()
-    assert plan.leased_chunk_ids == (0, 1)
+    assert plan.leased_chunk_ids == (0, 1, 2)
     assert (
-        plan_coalescing(DATABASE, chunks[2:], published_lsn=30, checkpoint_id="c", epoch=3) is None
+        plan_coalescing(DATABASE, chunks[3:], published_lsn=40, checkpoint_id="c", epoch=3) is None
     )
 
 

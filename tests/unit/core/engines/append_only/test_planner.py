@@ -77,7 +77,11 @@ def test_chunk_ids_go_on_where_the_database_stands():
     )  # fmt: skip
     assert planned is not None
     assert [action.chunk_id for action in planned.actions] == [4, 5]
-    assert (planned.next_chunk_id, planned.expected_generation) == (6, 2)
+    assert planned == CheckpointPlan(
+        engine="append_only", db_id=7, checkpoint_id="0000000001-000003-01J", epoch=3,
+        expected_generation=2, first_lsn=101, last_lsn=152, page_count=0, next_chunk_id=6,
+        codec="none", actions=planned.actions,
+    )  # fmt: skip
 
 
 def test_nothing_waits_gives_no_plan():

@@ -21,6 +21,7 @@ from app.core.engines.base import (
     encode_plan,
 )
 from app.core.engines.planning import plan_checkpoint
+from app.core.formats.page_blob import page_blob_bytes_max
 from app.core.stores.manifest.records import (
     BlobRef,
     ChunkDeltaRecord,
@@ -96,7 +97,7 @@ def plan(
             checkpoint_id="0000000005-000003-01J",
             epoch=3,
             pages=PageChanges(
-                last_lsn=77, page_count=page_count, low_page_count=page_count, chunks=chunks,
+                last_lsn=77, page_count=page_count, low_page_count=page_count // 2, chunks=chunks,
                 wal_position=b"where",
             ),
             limits=limits or DeltaLimits(),
@@ -119,12 +120,22 @@ def test_libsql_plan_emits_deltas():
     assert BitMap.deserialize(first.pages) == pages_of(3, 10) | BitMap([400])
     assert (first.page_count, first.delta_id, first.base_key) == (11, 1, "base-3")
     assert (first.base_generation, first.merges, first.chain_length) == (1, (), 1)
-    assert (planned.engine, planned.target_generation) == ("libsql", 5)
-    assert (planned.first_lsn, planned.last_lsn, planned.page_count) == (41, 77, 1000)
+    assert first.staged_bytes_max == page_blob_bytes_max(11, page_size=4096)
+    assert planned == CheckpointPlan(
+        engine="libsql", db_id=7, checkpoint_id="0000000005-000003-01J", epoch=3,
+        expected_generation=4, first_lsn=41, last_lsn=77, page_count=1000, next_chunk_id=10,
+        codec="zstd", actions=planned.actions, covered_segments=(5, 6), low_page_count=500,
+        bytes_dirtied=14 * 4096, wal_position=b"where",
+    )  # fmt: skip
     assert planned.segment_ids == (5, 6)
-    assert planned.wal_position == b"where"
-    assert planned.bytes_dirtied == 14 * 4096
-    assert planned.staged_bytes_max >= 14 * 4096
+
+
+def test_a_page_beyond_the_last_chunk_takes_a_chunk_id():
+    planned = plan(state(10, pages_of(10, 1), base=None), page_count=10 * PER_CHUNK + 1)
+    assert planned is not None
+    assert planned.next_chunk_id == 11
+    action = only_action(planned)
+    assert (action.first_page, action.last_page, action.supersedes_base) == (1001, 1001, None)
 
 
 def test_libsql_plan_full_rewrite_threshold():
@@ -132,7 +143,8 @@ def test_libsql_plan_full_rewrite_threshold():
     assert isinstance(only_action(half), CreateDelta)
     more = only_action(plan(state(2, pages_of(2, 51))))
     assert isinstance(more, RewriteBase)
-    assert (more.first_page, more.last_page) == (201, 300)
+    assert (more.chunk_id, more.first_page, more.last_page) == (2, 201, 300)
+    assert more.staged_bytes_max == page_blob_bytes_max(100, page_size=4096)
     assert (more.supersedes_base, more.supersedes_deltas) == (1, ())
 
 

@@ -292,6 +292,41 @@ def test_who_needs_a_row(family: House) -> None:
     assert not list(lineage.inheritors(family.rows, base))
 
 
+def test_a_fork_needs_the_older_base_that_a_delta_is_encoded_against() -> None:
+    """1 has a new base since generation 2, and a delta over it that names the old one."""
+    house = House()
+    house.create()
+    house.change(1, 0, "rewrite")
+    (old,) = lineage.chunk_rows(house.rows, 1, 0).bases
+    assert old.blob is not None
+    over_old = delta(1, 0, 2, base_key=old.blob.key)
+    house.apply(
+        ops.SupersedeChunk(db_id=1, chunk_id=0, generation=1, superseded_at=2),
+        ops.UpsertChunk(row=chunk(1, 0, 2)),
+        ops.UpsertChunkDelta(row=over_old),
+        publish(1, 2),
+        ops.SupersedeChunkDelta(db_id=1, chunk_id=0, generation=2, superseded_at=3),
+        ops.UpsertChunkDelta(row=delta(1, 0, 3)),
+        publish(1, 3),
+    )
+    house.copies[1].generations |= {2: {}, 3: {}}
+    with_delta, without = house.fork(1, 2), house.fork(1, 3)
+    old, new = lineage.chunk_rows(house.rows, 1, 0).bases
+    over_old, plain = lineage.chunk_rows(house.rows, 1, 0).deltas
+
+    def needed_by(row: lineage.ChunkRecord | lineage.ChunkDeltaRecord) -> list[int]:
+        return [fork.child_db_id for fork in lineage.inheritors(house.rows, row)]
+
+    assert needed_by(old) == [with_delta], "not valid there, yet its pages cannot be read without"
+    assert needed_by(new) == [with_delta, without]
+    assert (needed_by(over_old), needed_by(plain)) == ([with_delta], [without])
+    drop = msgspec.structs.replace(old, blob=None)
+    assert needed_by(drop) == []
+    inherited = lineage.inherited_rows(house.rows, with_delta, 0)
+    assert [row.generation for row in inherited.bases] == [1, 2]
+    assert [row.generation for row in lineage.inherited_rows(house.rows, without, 0).bases] == [2]
+
+
 def test_a_deleted_fork_needs_rows_only_for_its_own_forks(family: House) -> None:
     (base,) = lineage.chunk_rows(family.rows, 1, 0).bases
     family.delete(2)

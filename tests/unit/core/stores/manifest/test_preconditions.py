@@ -30,6 +30,7 @@ from tests.unit.core.stores.manifest.builders import (
     segment,
 )
 
+S = 1_000_000
 MARK = ops.PutMeta(name="mark", value=b"1")
 
 
@@ -148,8 +149,10 @@ async def test_lease_conflict_names_the_holder(store: ManifestStore, clock: Fake
     await store.commit(batch(lease("J1")))
     with pytest.raises(LeaseConflict) as caught:
         await store.commit(batch(lease("J2")))
-    assert caught.value.fields["holder"] == "J1"
-    assert caught.value.fields["chunk_id"] == 0
+    expires_at_us = clock.wall_ns() // 1000 + 60 * S
+    assert caught.value.fields == {
+        "holder": "J1", "db_id": 1, "chunk_id": 0, "expires_at_us": expires_at_us,
+    }  # fmt: skip
     clock.monotonic_seconds += 60.0
     await store.commit(batch(lease("J2")))
     with store.read() as view:
@@ -170,12 +173,17 @@ async def test_renewing(store: ManifestStore, clock: FakeClock) -> None:
     assert (await store.commit(batch(renew))).results == (0,)
     await store.commit(batch(lease(chunk_id=0), lease(chunk_id=1, ttl_seconds=100.0)))
     clock.monotonic_seconds += 59.0
+    clock.wall_seconds += 59.0
     assert (await store.commit(batch(renew))).results == (2,)
     with store.read() as view:
         assert {held.expires_at_monotonic for held in view.job_leases("J1")} == {1119.0}
+        assert {held.expires_at_us for held in view.job_leases("J1")} == {
+            clock.wall_ns() // 1000 + 60 * S
+        }
     clock.monotonic_seconds += 60.0
-    with pytest.raises(LeaseLost):
+    with pytest.raises(LeaseLost) as lost:
         await store.commit(batch(renew))
+    assert lost.value.fields == {"job_id": "J1", "db_id": 1, "chunk_id": 0}
 
 
 async def test_clock_jump_never_moves_a_lease(store: ManifestStore, clock: FakeClock) -> None:
@@ -191,17 +199,44 @@ async def test_clock_jump_never_moves_a_lease(store: ManifestStore, clock: FakeC
 
 
 async def test_release_of_one_lease_tells_whether_it_was_held(store: ManifestStore) -> None:
-    await store.commit(batch(lease(chunk_id=0), lease(chunk_id=1)))
+    await store.commit(batch(lease(chunk_id=0), lease(chunk_id=1), lease("J2", chunk_id=2)))
     release = ops.ReleaseLease(db_id=1, chunk_id=0)
     assert (await store.commit(batch(release))).results == (True,)
     assert (await store.commit(batch(release))).results == (False,)
     with store.read() as view:
-        assert [held.chunk_id for held in view.leases()] == [1]
+        assert [held.chunk_id for held in view.leases()] == [1, 2]
     await store.commit(batch(ops.ReleaseLeases(job_id="J1")))
     await store.commit(batch(ops.ReleaseLeases(job_id="J1")))
     with store.read() as view:
-        assert view.leases() == []
-        assert view.counts()["chunk_lease_job_index"] == 0
+        assert [held.job_id for held in view.leases()] == ["J2"]
+        assert view.counts()["chunk_lease_job_index"] == 1
+
+
+async def test_a_release_by_token_leaves_the_lease_of_another_run(store: ManifestStore) -> None:
+    (old,) = (await store.commit(batch(lease()))).results
+    (new,) = (await store.commit(batch(lease()))).results
+
+    def release(token: int) -> ops.ManifestBatch:
+        return batch(ops.ReleaseLease(db_id=1, chunk_id=0, token=token))
+
+    with pytest.raises(MissingRow) as refusal:
+        await store.commit(release(old))
+    assert refusal.value.fields == {"db_id": 1, "chunk_id": 0}
+    assert (await store.commit(release(new))).results == (True,)
+    with pytest.raises(MissingRow):
+        await store.commit(release(new))
+    (later,) = (await store.commit(batch(lease("J2")))).results
+    assert later > new + 1, "the release took a token of its own: the holder is fenced"
+
+
+async def test_a_renewal_after_the_publication_has_missed_nothing(store: ManifestStore) -> None:
+    renewal = batch(ops.RenewLeases(job_id="J1", ttl_seconds=60.0, count_min=1))
+    await store.commit(batch(ops.EnqueueJob(job=job("J1"))))
+    with pytest.raises(LeaseLost) as lost:
+        await store.commit(renewal)
+    assert lost.value.fields == {"job_id": "J1", "held": 0, "expected": 1}
+    await store.commit(batch(ops.UpdateJob(job_id="J1", changes={"published_generation": 1})))
+    assert (await store.commit(renewal)).results == (0,)
 
 
 async def test_leases_of_an_earlier_process_are_dead(tmp_path) -> None:
