@@ -68,6 +68,12 @@ mutants: setup ## take one protection out after another, and see the test aimed 
 torture: setup ## SIZE random kills, and 25 times as many simulated seeds
 	BOP_TORTURE_SIZE=$(SIZE) $(PYTEST) tests/fault/test_torture.py tests/simulation -m long -s -v
 
+.PHONY: mutation
+mutation: setup ## change the policies in every small way: which changes does no unit test notice?
+	rm -rf mutants
+	nice $(BIN)/mutmut run --max-children $(WORKERS)
+	$(BIN)/python -m tests.mutation.table
+
 .PHONY: dashboards
 dashboards: setup ## make the Grafana dashboards, and the chart's copies of them and of the alerts
 	$(BIN)/python -m ops.grafana.generate
