@@ -15,12 +15,15 @@ def main(names: list[str]) -> int:
         print(f"no such mutant: {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
     chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
-    alive = 0
+    alive = skipped = 0
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for verdict in pool.map(verdict_of, chosen):
             print(verdict, flush=True)
-            alive += verdict.problem is not None
-    print(f"{len(chosen) - alive} of {len(chosen)} mutants died of the test aimed at them")
+            skipped += verdict.skipped
+            alive += verdict.problem is not None and not verdict.skipped
+    print(
+        f"{len(chosen) - alive - skipped} of {len(chosen)} mutants died of the test aimed at them"
+    )
     return 1 if alive else 0
 
 

@@ -93,6 +93,108 @@ MUTANTS = (
         dies_of="AssertionError",
         edits=[(f"{MANIFEST}/environment.py", "    fsync_path_blocking(being_made)\n", "")],
     ),
+    mutant(
+        "short-write-taken-for-whole", "I1",
+        test=f"{WAL_TESTS}/test_failures.py"
+        "::test_short_writes_are_completed",
+        dies_of=r"Error",
+        edits=[(
+            f"{WAL}/writer.py",
+            "            left[0] = memoryview(left[0])[count:]\n",
+            "            del left[0]\n",
+        )],
+    ),
+    mutant(
+        "no-descriptor-taken-for-a-failure", "I16",
+        test=f"{WAL_TESTS}/test_failures.py"
+        "::test_out_of_descriptors_is_no_failure_of_the_disk",
+        dies_of=r"StorageFailure",
+        edits=[(
+            f"{WAL}/failure.py",
+            "_NO_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE})\n",
+            "_NO_DESCRIPTORS = frozenset[int]()\n",
+        )],
+    ),
+    mutant(
+        "append-keys-forgotten", "I7",
+        test=f"{WAL_TESTS}/test_keyed.py"
+        "::test_a_replay_gets_the_first_answer",
+        dies_of=r"AssertionError",
+        edits=[(
+            f"{WAL}/keyed.py",
+            "        known = self._remembered.get(request.key_hash)\n",
+            "        known = None\n",
+        )],
+    ),
+    mutant(
+        "manifest-goes-on-after-a-failure", "I16",
+        test=f"{MANIFEST_TESTS}/test_writer.py::test_a_failing_disk_ends_the_writer_once",
+        dies_of="DiskFull",
+        edits=[(
+            f"{MANIFEST}/writer.py",
+            "            if isinstance(failure, StorageFailure) or not self._was_rolled_back():\n",
+            "            if failure is None:\n",
+        ), (
+            f"{MANIFEST}/writer.py",
+            "            outcomes = [DiskFull(failure.detail) for _ in group]\n",
+            "            outcomes = [DiskFull(str(failure)) for _ in group]\n",
+        )],
+    ),
+    mutant(
+        "full-disk-ends-the-manifest", "I16",
+        test=f"{MANIFEST_TESTS}/test_writer.py"
+        "::test_a_full_disk_costs_the_batch_and_no_more",
+        dies_of=r"StorageFailure",
+        edits=[(
+            f"{MANIFEST}/writer.py",
+            "            if isinstance(failure, StorageFailure) or not self._was_rolled_back():\n",
+            "            if failure is not None:\n",
+        )],
+    ),
+    mutant(
+        "full-map-ends-the-manifest", "I13",
+        test=f"{MANIFEST_TESTS}/test_writer.py"
+        "::test_map_full_refuses_whole_batches_and_goes_on",
+        dies_of=r"StorageFailure",
+        edits=[(
+            f"{MANIFEST}/writer.py",
+            "        except (lmdb.MapFullError, lmdb.TxnFullError) as error:\n",
+            "        except lmdb.TxnFullError as error:\n",
+        )],
+    ),
+    mutant(
+        "parked-readers-stay", "I11",
+        test=f"{MANIFEST_TESTS}/test_views.py"
+        "::test_parked_reader_is_ended_by_age",
+        dies_of=r"AssertionError|DID NOT RAISE",
+        edits=[(
+            f"{MANIFEST}/views.py",
+            "if access.opened_at < oldest]",
+            "if access.opened_at is None]",
+        )],
+    ),
+    mutant(
+        "dead-readers-keep-their-slots", "I11",
+        test=f"{FAULT}/test_manifest_crash.py"
+        "::test_killed_reader_gives_its_slots_back",
+        dies_of=r"ManifestBusy",
+        edits=[(
+            f"{MANIFEST}/views.py",
+            "            self._environment.clear_stale_readers()\n",
+            "",
+        )],
+    ),
+    mutant(
+        "format-of-the-future-taken", "I10",
+        test=f"{MANIFEST_TESTS}/test_environment.py"
+        "::test_a_manifest_of_a_newer_version_is_refused",
+        dies_of=r"DID NOT RAISE",
+        edits=[(
+            f"{MANIFEST}/ledger.py",
+            "        if step is None or step.name != entry.name:\n",
+            "        if step is not None and step.name != entry.name:\n",
+        )],
+    ),
     # --- who may publish
     mutant(
         "two-owners-of-a-directory", "I17",
@@ -179,6 +281,17 @@ MUTANTS = (
             "        if not principal:\n",
         )],
     ),
+    mutant(
+        "lease-outlives-its-process", "I6",
+        test=f"{MANIFEST_TESTS}/test_preconditions.py"
+        "::test_leases_of_an_earlier_process_are_dead",
+        dies_of=r"Lease|AssertionError|DID NOT RAISE",
+        edits=[(
+            f"{MANIFEST}/apply_bookkeeping.py",
+            "        lease.process_id == context.process_id\n        and context",
+            "        lease.token > 0\n        and context",
+        )],
+    ),
     # --- a publication and what comes after it
     mutant(
         "published-before-the-upload", "I2",
@@ -256,6 +369,72 @@ MUTANTS = (
             "            reservation.spend(0)\n",
         )],
     ),
+    mutant(
+        "given-up-at-once", "I7",
+        test="tests/unit/core/stores/remote/test_requests.py"
+        "::test_waits_with_full_jitter_and_then_succeeds",
+        dies_of=r"Remote",
+        edits=[(
+            "app/core/stores/remote/requests.py",
+            "        if self._policy.gives_up(error, attempt=attempt) or",
+            "        if attempt or",
+        )],
+    ),
+    mutant(
+        "throttled-taken-for-refused", "I7",
+        test="tests/unit/core/stores/remote/test_s3_errors.py"
+        "::test_answers",
+        dies_of=r"AssertionError",
+        edits=[(
+            "app/core/stores/remote/s3_errors.py",
+            "    if code in _THROTTLED or status in {429, 503}:\n",
+            "    if status == 503:\n",
+        )],
+    ),
+    mutant(
+        "lost-race-taken-for-anothers", "I15",
+        test="tests/unit/core/stores/remote/test_retrying.py"
+        "::test_a_conditional_write_with_a_lost_answer_is_adopted",
+        dies_of=r"AssertionError",
+        edits=[(
+            "app/core/stores/remote/retrying.py",
+            "            return await self._equal_object(key, body)\n",
+            "            return None\n",
+        )],
+    ),
+    mutant(
+        "waiting-for-100-continue", "I11",
+        test="tests/integration/test_remote_contract.py"
+        "::test_no_request_waits_for_100_continue",
+        dies_of=r"AssertionError|Remote",
+        edits=[(
+            "app/core/stores/remote/s3_client.py",
+            '    client.meta.events.unregister("before-call.s3", add_expect_header)\n',
+            "",
+        )],
+    ),
+    mutant(
+        "restart-uses-up-an-attempt", "I7",
+        test="tests/unit/core/jobs/test_queue.py"
+        "::test_a_restart_resumes_at_once_and_uses_up_no_attempt",
+        dies_of=r"AssertionError",
+        edits=[(
+            "app/core/jobs/queue.py",
+            '                    "attempts": max(job.attempts - 1, 0),\n',
+            '                    "attempts": job.attempts,\n',
+        )],
+    ),
+    mutant(
+        "limits-passed-together", "I9",
+        test="tests/unit/core/coordination/test_quota.py"
+        "::test_fifty_tasks_reserve_at_once",
+        dies_of=r"AssertionError",
+        edits=[(
+            "app/core/coordination/quota_levels.py",
+            "level.used_bytes + size_bytes > limit:",
+            "level.used_bytes > limit:",
+        )],
+    ),
     # --- what is deleted
     mutant(
         "doomed-key-published", "I8",
@@ -322,6 +501,17 @@ MUTANTS = (
             "",
         )],
     ),
+    mutant(
+        "collection-by-any-clock", "I16",
+        test=f"{RETENTION_TESTS}/test_collection_time.py"
+        "::test_a_jump_pauses_until_someone_accepts_the_clock",
+        dies_of=r"AssertionError",
+        edits=[(
+            "app/core/retention/collection_time.py",
+            "            paused=self.paused or abs(stepped_us) > JUMP_US_MAX,\n",
+            "            paused=self.paused,\n",
+        )],
+    ),
     # --- what is read
     mutant(
         "page-not-checked", "I10",
@@ -348,6 +538,61 @@ MUTANTS = (
             ("        if self._written != self._size_bytes "
             "or self._hash.hexdigest() != self._sha256:\n"),
             "        if self._written != self._size_bytes:\n",
+        )],
+    ),
+    mutant(
+        "stream-begun-anew", "I10",
+        test="tests/unit/core/stores/remote/test_retrying.py"
+        "::test_a_stream_goes_on_behind_the_last_byte",
+        dies_of=r"AssertionError",
+        edits=[(
+            "app/core/stores/remote/retrying.py",
+            "first=first + arrived, length=left",
+            "first=first, length=left",
+        )],
+    ),
+    mutant(
+        "missing-blob-taken-for-an-outage", "I10",
+        test="tests/unit/core/reads/test_page_store.py"
+        "::test_a_missing_object_is_corrupt_and_an_outage_is_not",
+        dies_of=r"BlobMissing",
+        edits=[(
+            "app/core/reads/blob_reader.py",
+            "            except BlobMissing as error:\n",
+            "            except LookupError as error:\n",
+        )],
+    ),
+    mutant(
+        "declared-size-believed", "I11",
+        test="tests/unit/core/formats/test_codecs.py"
+        "::test_a_zstd_frame_is_not_believed_before_it_is_looked_at",
+        dies_of=r"AssertionError|DID NOT RAISE|Error",
+        edits=[(
+            "app/core/formats/codecs.py",
+            "        if zstandard.get_frame_parameters(data).content_size != raw_bytes:\n",
+            "        if not data:\n",
+        )],
+    ),
+    mutant(
+        "another-log-taken-for-the-same", "I5",
+        test="tests/unit/replication/test_plan.py"
+        "::test_checksums_tell_whether_a_log_is_the_one_the_service_has",
+        dies_of=r"AssertionError",
+        edits=[(
+            "app/replication/plan.py",
+            "        if reason := _mismatch(view, position):\n            return SendImage(",
+            "        if reason := None:\n            return SendImage(",
+        )],
+    ),
+    mutant(
+        "body-without-a-bound", "I11",
+        test="tests/unit/routers/test_bodies.py"
+        "::test_an_endless_body_is_refused_as_it_passes_the_limit",
+        dies_of=r"AssertionError|DID NOT RAISE|Error",
+        edits=[(
+            "app/routers/bodies.py",
+            "        if exchange.body_received > limits.bytes_max:\n",
+            "        if exchange.body_received < 0:\n",
         )],
     ),
 )  # fmt: skip

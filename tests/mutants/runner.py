@@ -19,6 +19,7 @@ TEST_SECONDS = 120
 _TESTS_FAILED = 1
 """pytest's exit code; another one means that it could not run them."""
 _SHOWN = 4000
+_SKIPPED = "skipped: its test does not run here"
 _WITHOUT = (
     "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:schemathesis", "-p", "no:pytest_cov",
 )  # fmt: skip
@@ -35,6 +36,11 @@ class Verdict:
     seconds: float
     problem: str | None
     """None: the test failed, as it should, and of what it should."""
+
+    @property
+    def skipped(self) -> bool:
+        """The machine lacks what the test needs."""
+        return self.problem == _SKIPPED
 
     def __str__(self) -> str:
         how = "red" if self.problem is None else self.problem
@@ -131,6 +137,8 @@ def _run_pytest(test: str, tree: Path, *, base: Path) -> Ran:
 def _problem(mutant: Mutant, ran: Ran) -> str | None:
     said = ran.said
     match ran.code:
+        case 0 if " skipped" in said and " passed" not in said:
+            return _SKIPPED
         case 0:
             return f"alive: {mutant.test} passes without it\n{said[-_SHOWN:]}"
         case code if code != _TESTS_FAILED:
