@@ -285,13 +285,14 @@ class PageBlobWriter:
         lengths, keys = self._cut(final=final)
         if not lengths:
             return
-        raw = memoryview(bytes(memoryview(self._raw)[: sum(lengths)]))
+        held, total = self._raw, sum(lengths)
+        self._raw = held[total:]  # less than a block
+        raw = memoryview(held)[:total]
         packed = self._encoder.encode(raw, lengths)
         at = 0
         for length, key, stored in zip(lengths, keys, packed, strict=True):
             self._add_block(raw[at : at + length], stored, key=key)
             at += length
-        del self._raw[:at]
         failpoints.fp("stage.mid_write")
 
     def _cut(self, *, final: bool) -> tuple[list[int], list[int]]:
