@@ -8,6 +8,7 @@ STAMP := $(VENV)/.installed-$(shell cat requirements/dev.txt pyproject.toml 2>/d
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= 2
 SIZE ?= 200
+SECONDS ?= 3600
 
 .PHONY: help
 help: ## list the targets
@@ -63,6 +64,10 @@ fault: setup ## kills, power cuts, disk and network faults, simulation, hostile 
 .PHONY: mutants
 mutants: setup ## take one protection out after another, and see the test aimed at it fail
 	$(BIN)/python -m tests.mutants
+
+.PHONY: soak
+soak: setup ## everything at once for SECONDS, and whether anything grows
+	$(BIN)/python -m benchmarks.load soak --seconds $(SECONDS)
 
 .PHONY: torture
 torture: setup ## SIZE random kills, and 25 times as many simulated seeds

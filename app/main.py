@@ -214,7 +214,8 @@ def _authenticator(settings: Settings, *, clock: Clock, events: Events) -> Authe
 
 
 def gauges_of(container: Container, desk: Desk) -> dict[str, Callable[[], float]]:
-    gauges = container.gauges
+    """Called on the loop whose tasks are counted."""
+    gauges, loop = container.gauges, asyncio.get_running_loop()
     return {
         "checkpoint_queue_depth": gauges.queue_depth,
         "wal_bytes": gauges.wal_bytes,
@@ -228,6 +229,7 @@ def gauges_of(container: Container, desk: Desk) -> dict[str, Callable[[], float]
         "gc_lag_seconds": gauges.gc_lag_seconds,
         "gc_paused": gauges.gc_paused,
         "body_memory_bytes": lambda: desk.memory.used_bytes,
+        "event_loop_tasks": lambda: len(asyncio.all_tasks(loop)),
         "service_ready": lambda: desk.readiness().status == "ready",
         "service_degraded": lambda: len(desk.readiness().degraded),
     }

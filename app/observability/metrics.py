@@ -199,6 +199,7 @@ class Metrics:
                 ("gc_paused", "1 while a jump of the wall clock keeps collection from going on."),
                 ("gc_lag_seconds", "How long the oldest retired object is overdue."),
                 ("body_memory_bytes", "Memory that request bodies hold."),
+                ("event_loop_tasks", "Tasks that have not ended."),
                 ("service_ready", "1 while the service is ready."),
                 ("service_degraded", "Parts that fail while the service goes on."),
             )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks.load import idle, mixed, quota_pressure, scan_beside_reads, steady
+from benchmarks.load import idle, mixed, quota_pressure, scan_beside_reads, soak, steady
 from benchmarks.load.table import show
 
 SCENARIOS: dict[str, ModuleType] = {
@@ -18,6 +18,7 @@ SCENARIOS: dict[str, ModuleType] = {
     "mixed": mixed,
     "scan-beside-reads": scan_beside_reads,
     "idle": idle,
+    "soak": soak,
 }
 SMALL: dict[str, Sequence[str]] = {
     "steady": (),
@@ -25,6 +26,7 @@ SMALL: dict[str, Sequence[str]] = {
     "mixed": (),
     "scan-beside-reads": (),
     "idle": ("--databases", "200", "--interval", "5", "--seconds", "10"),
+    "soak": ("--seconds", "20"),
 }
 
 
