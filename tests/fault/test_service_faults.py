@@ -166,6 +166,8 @@ async def test_a_clock_that_jumps_changes_nothing_that_matters(
             "FAKETIME_TIMESTAMP_FILE": str(clock),
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             "FAKETIME_CACHE_DURATION": "1",
+            "FAKETIME_DISABLE_SHM": "1",
+            "NO_FAKE_STAT": "1",
             "BOP_GC_GRACE_SECONDS": "60",
         },
         failpoints={"directory.before_place": {"action": gate.action}},

@@ -46,8 +46,8 @@ def latest_first(view: ManifestView) -> Sequence[DatabaseRecord]:
         newest = view.latest_generation(database.db_id)
         return database.created_at_us if newest is None else newest.committed_at_us
 
-    active = [one for one in view.all_databases() if one.state == "active"]
-    return sorted(active, key=changed_at_us, reverse=True)[:LOOKED_UP_MAX]
+    known = [one for one in view.all_databases() if one.state != "tombstoned"]
+    return sorted(known, key=changed_at_us, reverse=True)[:LOOKED_UP_MAX]
 
 
 async def _newest_document(remote: RemoteStore, database: DatabaseRecord) -> int:
