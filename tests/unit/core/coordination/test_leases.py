@@ -1,7 +1,6 @@
 """A job's leases live as long as it works, and a lost one stops it."""
 
 import asyncio
-import contextlib
 
 import pytest
 
@@ -27,25 +26,21 @@ class Renewals:
 
 async def test_leases_are_renewed_three_times_a_lifetime_until_one_is_lost() -> None:
     clock, manifest = FakeClock(), Renewals()
-    keeping = asyncio.create_task(
-        keep_leases(manifest, job_id="J1", count=2, ttl_seconds=30.0, clock=clock)
-    )
-    try:
-        await clock.until_sleeping()
-        clock.advance(9.9)
-        await clock.until_sleeping()
-        assert manifest.batches == []
-        for count in (1, 2):
-            clock.advance(10)
+    renewal = RenewLeases(job_id="J1", ttl_seconds=30.0, count_min=2)
+    with pytest.RaisesGroup(LeaseLost):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(
+                keep_leases(manifest, job_id="J1", count=2, ttl_seconds=30.0, clock=clock)
+            )
             await clock.until_sleeping()
-            assert len(manifest.batches) == count
-        renewal = RenewLeases(job_id="J1", ttl_seconds=30.0, count_min=2)
-        assert all(batch.ops == (renewal,) for batch in manifest.batches)
-        manifest.refusal = LeaseLost(job_id="J1")
-        clock.advance(10)
-        with pytest.raises(LeaseLost):
-            await keeping
-    finally:
-        keeping.cancel()
-        with contextlib.suppress(asyncio.CancelledError, LeaseLost):
-            await keeping
+            clock.advance(9.9)
+            await clock.until_sleeping()
+            assert manifest.batches == []
+            for count in (1, 2):
+                clock.advance(10)
+                await clock.until_sleeping()
+                assert manifest.batches == count * [
+                    ManifestBatch(ops=(renewal,), reason="lease.renewed")
+                ]
+            manifest.refusal = LeaseLost(job_id="J1")
+            clock.advance(10)

@@ -32,6 +32,7 @@ def test_shares_are_even_among_tenants_and_then_among_databases(backlog):
     write(backlog, two, 10)
     write(backlog, other, 10)
     assert [backlog.share_bytes(entry) for entry in (one, two, other)] == [250, 250, 500]
+    assert backlog.share_bytes(backlog.add(db_id=4, tenant="third")) == 333, "whole bytes"
     backlog.update(two, 0, now=1)
     assert backlog.share_bytes(one) == 500
 
@@ -57,7 +58,8 @@ def test_a_database_within_its_share_is_never_refused(backlog):
     refusal = backlog.hold(flood, 1, now=0)
     assert refusal is not None
     assert (refusal.share_bytes, refusal.backlog_bytes) == (1000, 1000)
-    write(backlog, quiet, 500)  # its share, although the budget is used up
+    write(backlog, quiet, 250)
+    write(backlog, quiet, 250)  # its share, although the budget is used up
     assert backlog.hold(quiet, 1, now=0) is not None
     backlog.update(flood, 0, now=1)
     write(backlog, quiet, 499, now=1)
@@ -72,6 +74,14 @@ def test_beyond_its_share_it_waits_only_once_its_checkpoint_is_overdue(backlog):
     assert backlog.hold(one, 1, now=130) is not None
     backlog.update(one, 0, now=131)
     write(backlog, one, 100, now=132)
+
+
+def test_beyond_its_share_it_may_take_the_last_byte_of_the_budget(backlog):
+    one, other = backlog.add(db_id=1, tenant="a"), backlog.add(db_id=2, tenant="b")
+    write(backlog, other, 10)
+    write(backlog, one, 500)
+    write(backlog, one, 490)
+    assert backlog.hold(one, 1, now=0) is not None
 
 
 def test_retry_after_is_what_the_drain_rate_says(backlog):

@@ -36,7 +36,8 @@ def layer_name(chain, page_no):
 
 def test_the_newest_page_wins():
     deltas = [delta(2, [1, 2, 3]), delta(3, [2, 3]), delta(4, [3])]
-    chain = delta_chain(0, [base(1)], deltas, generation=4)
+    chain = delta_chain(5, [base(1)], deltas, generation=4)
+    assert chain.chunk_id == 5
     assert [layer_name(chain, page) for page in (1, 2, 3, 4, 100, 101)] == [
         "delta-2-0", "delta-3-0", "delta-4-0", "base-1", "base-1", None,
     ]  # fmt: skip
@@ -67,6 +68,7 @@ def test_a_delta_finds_the_base_it_is_encoded_against_even_if_that_is_superseded
     assert isinstance(older, DeltaLayer)
     assert isinstance(older.encoded_against, BaseLayer)
     assert older.encoded_against.blob.key == "base-1"
+    assert older.encoded_against.row == bases[0]
     assert own.blob.key == "base-3"
 
 

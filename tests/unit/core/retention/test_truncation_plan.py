@@ -152,6 +152,13 @@ def test_a_tail_within_the_wal_cuts_segments():
     assert (planned.published_lsn, planned.floor_lsn) == (10, 31), "11 to 14 are not published"
 
 
+def test_a_tail_of_one_record_drops_the_segment_that_holds_only_it():
+    planned = plan(tail(20, 20), segments=[segment(11, 19), segment(20, 20)], published=10)
+    assert planned is not None
+    assert planned.cuts == (SegmentCut(segment_id=20, visible_last=19, drops_all=True),)
+    assert planned.published_lsn == 10
+
+
 def test_a_tail_over_the_whole_wal_leaves_nothing_unpublished():
     planned = plan(tail(11, 20), [chunk(0, 1, 10)], [segment(11, 20)], published=10)
     assert planned is not None

@@ -197,24 +197,26 @@ def test_coalescing_trigger():
     ("deltas", "limits"),
     [
         (chain(3), DeltaLimits(coalesce="rewrite")),
-        (chain(3, size=4 * MB), DeltaLimits()),
+        (chain(3, size=3 * MB), DeltaLimits()),
         (chain(3, per_delta=17), DeltaLimits()),
     ],
     ids=["asked for", "too large", "too many pages"],
 )
 def test_a_chain_that_cannot_be_merged_is_rewritten(deltas, limits):
-    action = only_action(plan(state(2, pages_of(2, 1, start=60), deltas=deltas), limits=limits))
+    dirty = state(2, pages_of(2, 1, start=60), deltas=deltas, delta_bytes=MB)
+    action = only_action(plan(dirty, limits=limits))
     assert isinstance(action, RewriteBase)
     assert (action.supersedes_base, action.supersedes_deltas) == (1, (2, 3, 4))
 
 
 def test_a_merged_delta_leaves_out_what_the_database_no_longer_has():
-    old = delta(9, 2, pages_of(9, 30)), delta(9, 3, pages_of(9, 3)), delta(9, 4, pages_of(9, 2))
+    ends = pages_of(9, 2, start=79)  # 980 and 981
+    old = delta(9, 2, pages_of(9, 30)), delta(9, 3, pages_of(9, 3)), delta(9, 4, ends)
     action = only_action(plan(state(9, pages_of(9, 1), deltas=old), page_count=910))
     assert isinstance(action, RewriteBase)  # ten of ten pages
     action = only_action(plan(state(9, pages_of(9, 1), deltas=old), page_count=980))
     assert isinstance(action, CreateDelta)
-    assert BitMap.deserialize(action.pages) == pages_of(9, 30)
+    assert BitMap.deserialize(action.pages) == pages_of(9, 30) | BitMap([980])
 
 
 def test_chunks_beyond_the_end_are_dropped():

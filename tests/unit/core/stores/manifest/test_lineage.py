@@ -38,6 +38,11 @@ Content = dict[int, list[str]]
 """Of each chunk that is there: its base's key, then those of its deltas, oldest first."""
 
 
+class RowsBothWays(MemoryRows):
+    def scan_back(self, table, prefix=b""):
+        return reversed(self.scan(table, prefix))
+
+
 @dataclass
 class Copy:
     """A database that shares nothing: its content at each generation that is retained."""
@@ -50,7 +55,7 @@ class Copy:
 
 @dataclass
 class House:
-    rows: MemoryRows = field(default_factory=MemoryRows)
+    rows: RowsBothWays = field(default_factory=RowsBothWays)
     copies: dict[int, Copy] = field(default_factory=dict)
     counter: int = 0
 
@@ -107,7 +112,8 @@ class House:
             operations.append(ops.UpsertChunkDelta(row=row))
             after[chunk_id] = [after[chunk_id][0], row.blob.key]
         else:
-            base = chunk(db_id, chunk_id, target)
+            lsns = {"first": 10 * chunk_id + 1, "last": 10 * chunk_id + 10}
+            base = chunk(db_id, chunk_id, target, **lsns)
             assert base.blob is not None
             blob = msgspec.structs.replace(base.blob, key=f"base-{self.counter}")
             base = msgspec.structs.replace(base, blob=None if action == "drop" else blob)
@@ -190,6 +196,8 @@ class House:
         for db_id, copy in self.copies.items():
             for generation, content in copy.generations.items():
                 assert self.content(db_id, generation) == content, (db_id, generation)
+                lsns = (10 * min(content) + 1, 10 * max(content) + 10) if content else None
+                assert lineage.log_range(self.rows, db_id, generation) == lsns
                 for chunk_id in CHUNK_IDS:  # chunk by chunk it is the same
                     found = lineage.chunk_rows(self.rows, db_id, chunk_id)
                     keys = [
