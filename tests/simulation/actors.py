@@ -28,14 +28,17 @@ from app.core.base.errors import (
     Unavailable,
 )
 from app.core.services.databases import DatabaseSpec
+from app.core.services.states import Newest
 from app.core.stores.manifest.errors import RowPinned
 from app.core.stores.manifest.records import Retention
 from app.core.stores.wal.requests import Appended, MemoryPayload
 from app.core.workers.collector import RoundRequest
+from app.routers.raw_bodies import HeldBody
+from tests.helpers.torture import sqlite_image
 from tests.simulation.bucket import Violation
 
 _LENGTH = struct.Struct("<I")
-CHUNK_BYTES = 65536
+CHUNK_BYTES, PAGE = 65536, 512
 
 
 @dataclass(kw_only=True)
@@ -129,12 +132,51 @@ async def read_all(container: Container, tenant: str, name: str) -> dict[int, by
     return found
 
 
+async def read_image(container: Container, tenant: str, name: str) -> bytes:
+    image = await container.services.images.open(tenant, name, Newest())
+    try:
+        pieces = image.content(0, image.size_bytes)
+        return b"".join([bytes(piece) async for piece in pieces])
+    finally:
+        image.release()
+
+
+@dataclass
+class Picture:
+    """What one libsql database must hold: its newest image, or, after an answer that was lost, that
+    one or the one before.
+    """
+
+    tenant: str
+    name: str
+    images: list[bytes] = field(default_factory=list)
+    made: bool = False
+    turns: int = 0
+
+    def check(self, found: bytes) -> None:
+        if found not in (self.images or [b""]):
+            raise Violation(f"{self.name} reads as no image that was put: {len(found)} bytes")
+
+
+Database = Ledger | Picture
+
+
+async def read_content(
+    container: Container, database: Database, name: str
+) -> dict[int, bytes] | bytes:
+    """Of the database, or of a fork of it."""
+    if isinstance(database, Picture):
+        return await read_image(container, database.tenant, name)
+    return await read_all(container, database.tenant, name)
+
+
 @dataclass
 class Crowd:
     source: random.Random
     ledgers: list[Ledger]
+    picture: Picture
     done: "Counter[str]" = field(default_factory=Counter)
-    forks: dict[str, tuple[Ledger, dict[int, bytes]]] = field(default_factory=dict)
+    forks: dict[str, tuple[Database, dict[int, bytes] | bytes]] = field(default_factory=dict)
     """Their names, whose they are, and what they first read as."""
     snapshots: set[tuple[str, str, str]] = field(default_factory=set)
     names: int = 0
@@ -345,18 +387,61 @@ class Crowd:
         else:
             ledger.cut_head(first, asked=lsn)
 
+    # --- the painter
+
+    async def paint(self, container: Container, is_dead: Callable[[], bool]) -> None:
+        """For ever: images, most of them little different from the one before, read back."""
+        picture = self.picture
+        await self.settle_picture(container)
+        while True:
+            await self._pause()
+            before = picture.images[-1] if picture.images else None
+            image = sqlite_image(self.source, before)
+            picture.images.append(image)
+            try:
+                await container.services.pages_in.put_image(
+                    picture.tenant, picture.name, HeldBody(bytearray(image)), place=None
+                )
+            except (Backpressure, QuotaExhausted, Unavailable, CorruptBlob):
+                if not is_dead():
+                    picture.images.pop()
+                continue
+            if is_dead():
+                return
+            picture.images, picture.turns = [image], picture.turns + 1
+            self.done["image"] += 1
+            try:
+                picture.check(await read_image(container, picture.tenant, picture.name))
+            except (Unavailable, CorruptBlob):
+                continue  # the bucket stands in the way
+
+    async def settle_picture(self, container: Container) -> None:
+        picture = self.picture
+        if not picture.made:
+            spec = DatabaseSpec(engine="libsql", page_size=PAGE, chunk_bytes=CHUNK_BYTES)
+            await container.services.databases.create(picture.tenant, picture.name, spec)
+            picture.made = True
+        while len(picture.images) > 1:
+            try:
+                found = await read_image(container, picture.tenant, picture.name)
+            except (Unavailable, CorruptBlob):
+                await asyncio.sleep(60)
+                continue
+            picture.check(found)
+            picture.images = [found]
+
     # --- everybody else
 
     async def meddle(self, container: Container, is_dead: Callable[[], bool]) -> None:
         """For ever."""
-        steps: list[tuple[Callable[[Container, Ledger], Awaitable[None]], int]] = [
+        steps: list[tuple[Callable[[Container, Database], Awaitable[None]], int]] = [
             (self._checkpoint, 30), (self._cancel, 10), (self._snapshot, 8), (self._unsnap, 5),
             (self._fork, 5), (self._unfork, 4), (self._collect, 8), (self._retain, 4),
             (self._look, 10), (self._tidy, 3),
         ]  # fmt: skip
         while True:
             await self._pause()
-            ledger = self.source.choice(self.ledgers)
+            ledger = self.source.choice([*self.ledgers, self.picture])
             step = self.source.choices([one for one, _ in steps], [weight for _, weight in steps])
             try:
                 await step[0](container, ledger)
@@ -369,7 +454,7 @@ class Crowd:
             except RowPinned:
                 self.done["meddling refused"] += 1
 
-    async def _checkpoint(self, container: Container, ledger: Ledger) -> None:
+    async def _checkpoint(self, container: Container, ledger: Database) -> None:
         services = container.services
         job = await services.checkpoints.trigger(
             ledger.tenant, ledger.name, reason=None, principal="someone"
@@ -377,7 +462,7 @@ class Crowd:
         if self.source.random() < 0.5:
             await services.jobs.wait(job.job_id, seconds=600)
 
-    async def _cancel(self, container: Container, ledger: Ledger) -> None:
+    async def _cancel(self, container: Container, ledger: Database) -> None:
         del ledger
         jobs = container.services.jobs.list(
             states=["pending", "in_flight"], limit=10, after=None,
@@ -389,33 +474,34 @@ class Crowd:
             except JobAlreadyEnded:
                 return
 
-    async def _snapshot(self, container: Container, ledger: Ledger) -> None:
+    async def _snapshot(self, container: Container, ledger: Database) -> None:
         self.names += 1
         name = f"s{self.names}"
         await container.services.snapshots.create(ledger.tenant, ledger.name, name)
         self.snapshots.add((ledger.tenant, ledger.name, name))
 
-    async def _unsnap(self, container: Container, ledger: Ledger) -> None:
+    async def _unsnap(self, container: Container, ledger: Database) -> None:
         del ledger
         if self.snapshots:
             gone = self.source.choice(sorted(self.snapshots))
             self.snapshots.discard(gone)
             await container.services.snapshots.delete(*gone)
 
-    async def _fork(self, container: Container, ledger: Ledger) -> None:
+    async def _fork(self, container: Container, ledger: Database) -> None:
         """Of a published generation: what it holds is never changed by what comes after."""
         self.names += 1
         name = f"fork{self.names}"
         await container.services.forks.create(
             ledger.tenant, ledger.name, fork_tenant=ledger.tenant, fork_database=name
         )
-        found = await read_all(container, ledger.tenant, name)
-        for lsn, payload in found.items():
-            if ledger.history.get(lsn) != payload:
-                raise Violation(f"{name} reads LSN {lsn} unlike {ledger.name}")
+        found = await read_content(container, ledger, name)
+        if isinstance(ledger, Ledger) and isinstance(found, dict):
+            for lsn, payload in found.items():
+                if ledger.history.get(lsn) != payload:
+                    raise Violation(f"{name} reads LSN {lsn} unlike {ledger.name}")
         self.forks[name] = ledger, found
 
-    async def _unfork(self, container: Container, ledger: Ledger) -> None:
+    async def _unfork(self, container: Container, ledger: Database) -> None:
         del ledger
         if self.forks:
             name = self.source.choice(sorted(self.forks))
@@ -424,7 +510,7 @@ class Crowd:
                 parent.tenant, name, with_snapshots=True, principal="someone"
             )
 
-    async def _collect(self, container: Container, ledger: Ledger) -> None:
+    async def _collect(self, container: Container, ledger: Database) -> None:
         del ledger
         await container.services.collection.run(
             RoundRequest(
@@ -434,7 +520,7 @@ class Crowd:
             )
         )
 
-    async def _retain(self, container: Container, ledger: Ledger) -> None:
+    async def _retain(self, container: Container, ledger: Database) -> None:
         keep = Retention(
             keep_generations=self.source.choice([None, 1, 5]),
             keep_seconds=self.source.choice([None, 0, 600, 86_400]),
@@ -444,8 +530,11 @@ class Crowd:
             ledger.tenant, ledger.name, lambda before: keep
         )
 
-    async def _look(self, container: Container, ledger: Ledger) -> None:
+    async def _look(self, container: Container, ledger: Database) -> None:
         """A reader beside the writer: what it sees was acknowledged, and is where it belongs."""
+        if isinstance(ledger, Picture):
+            await read_image(container, ledger.tenant, ledger.name)
+            return
         turns, before = ledger.turns, dict(ledger.records)
         found = await read_all(container, ledger.tenant, ledger.name)
         pending = ledger.unanswered is not None
@@ -455,7 +544,7 @@ class Crowd:
             if lsn in ledger.history and ledger.history[lsn] != payload:
                 raise Violation(f"LSN {lsn} of {ledger.name} reads as another record")
 
-    async def _tidy(self, container: Container, ledger: Ledger) -> None:
+    async def _tidy(self, container: Container, ledger: Database) -> None:
         del ledger
         await container.services.upkeep.run_janitor(max_age_seconds=600)
 

@@ -16,7 +16,14 @@ from app.core.base.tasks import TaskScope
 from app.core.stores.remote.keys import CHECKPOINTS_PREFIX, DOCUMENTS_PREFIX, SNAPSHOTS_PREFIX
 from app.core.workers.collector import RoundRequest
 from app.settings import Settings
-from tests.simulation.actors import Crowd, Ledger, read_all
+from tests.simulation.actors import (
+    Crowd,
+    Ledger,
+    Picture,
+    read_all,
+    read_content,
+    read_image,
+)
 from tests.simulation.bucket import Bucket, Violation
 from tests.simulation.life import Killed, Life, Time, Trace
 from tests.simulation.virtual_time import without_threads
@@ -63,7 +70,7 @@ def _run(seed: int, root: Path, trace: Trace) -> Outcome:
     time, bucket = Time(), Bucket(source)
     outcome = Outcome(seed=seed, trace=trace)
     ledgers = [Ledger("acme", "orders"), Ledger("acme", "events"), Ledger("globex", "log")]
-    crowd = Crowd(source, ledgers, done=outcome.done)
+    crowd = Crowd(source, ledgers, Picture("acme", "app"), done=outcome.done)
     crowd.corrupt_allowed = lambda: not bucket.healthy
     begun = time.now
     with pytest.MonkeyPatch.context() as patch:
@@ -141,6 +148,7 @@ async def _live(container: Container, *, crowd: Crowd, life: Life) -> None:
     async with TaskScope("crowd", on_error=on_error) as scope:
         for ledger in crowd.ledgers:
             scope.start(crowd.write(container, ledger, is_dead), name=ledger.name)
+        scope.start(crowd.paint(container, is_dead), name="painter")
         for number in range(2):
             scope.start(crowd.meddle(container, is_dead), name=f"meddler-{number}")
         seconds = crowd.source.expovariate(1 / LIFE_SECONDS)
@@ -163,22 +171,25 @@ async def _drain(container: Container, *, crowd: Crowd, bucket: Bucket, life: Li
     await _no_jobs(container)
     for ledger in crowd.ledgers:
         await crowd.settle(container, ledger, lambda: False)
+    await crowd.settle_picture(container)
+    for ledger in (*crowd.ledgers, crowd.picture):
         job = await services.checkpoints.trigger(
             ledger.tenant, ledger.name, reason=None, principal="end"
         )
         job = await services.jobs.wait(job.job_id, seconds=DRAIN_SECONDS)
         if job.state != "completed":
             raise Violation(f"the last checkpoint of {ledger.name} is {job.state}: {job.error}")
-        ledger.check(await read_all(container, ledger.tenant, ledger.name))
+        ledger.check(await read_content(container, ledger, ledger.name))  # type: ignore[arg-type]
     for name, (parent, before) in sorted(crowd.forks.items()):
-        if await read_all(container, parent.tenant, name) != before:
+        if await read_content(container, parent, name) != before:
             raise Violation(f"the fork {name} of {parent.name} reads otherwise than at first")
     for tenant, database, snapshot in sorted(crowd.snapshots):
         name = f"of-{database}-{snapshot}"
         await services.forks.create(
             tenant, database, fork_tenant=tenant, fork_database=name, snapshot=snapshot
         )
-        await read_all(container, tenant, name)
+        read = read_image if database == crowd.picture.name else read_all
+        await read(container, tenant, name)
     await _nothing_left(container, bucket, life)
 
 

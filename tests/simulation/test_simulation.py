@@ -79,8 +79,9 @@ def test_seeds_hold_every_invariant_and_drain(place: Path) -> None:
         return
     outcomes = run_all(range(10_000), place, seconds=SECONDS, at_least=SEEDS_MIN)
     assert sum(outcome.kills.total() for outcome in outcomes) >= SEEDS_MIN
-    assert sum(outcome.faults.total() for outcome in outcomes) >= 20 * SEEDS_MIN
-    assert sum(outcome.done["append"] for outcome in outcomes) >= 50 * SEEDS_MIN
+    assert sum(outcome.faults.total() for outcome in outcomes) >= 10 * SEEDS_MIN
+    for what in ("append", "image", "checkpoint"):
+        assert sum(outcome.done[what] for outcome in outcomes) >= 10 * SEEDS_MIN, what
 
 
 @pytest.mark.long
