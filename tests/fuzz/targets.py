@@ -3,6 +3,7 @@ checksums of what was mutated, so that a mutation gets past them.
 """
 
 import base64
+import os
 import random
 import struct
 import tempfile
@@ -152,11 +153,13 @@ def mend_segment(data: bytearray) -> None:
 
 
 def _on_disk(read: Callable[[Path], object]) -> Callable[[bytes], object]:
-    path = Path(tempfile.mkdtemp(prefix="bop-fuzz-")) / "file"
+    """In a file that has a path and no place, so that nothing is left behind."""
+    fd = os.memfd_create("fuzz")
 
     def decode(data: bytes) -> object:
-        path.write_bytes(data)
-        return read(path)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, data, 0)
+        return read(Path(f"/proc/self/fd/{fd}"))
 
     return decode
 
