@@ -28,7 +28,7 @@ TITLE = "Soak: does anything grow"
 SAMPLE_SECONDS = 0.5
 WARM_RATIO = 0.3
 """The first part of the time, in which caches fill and pools grow."""
-KEPT_RECORDS = 2_000
+KEPT_RECORDS = 600
 FORKS_MAX = 4
 SETTINGS = {
     "checkpoint_interval_seconds": "2",
@@ -51,7 +51,7 @@ GROWTH: dict[str, tuple[float, float]] = {
     "descriptors": (1.0, 12),
     "threads": (1.0, 16),
     "tasks": (1.0, 8),
-    "manifest MiB": (1.25, 1),
+    "manifest MiB": (1.25, 3),  # ended jobs are pruned every five minutes
     "readers": (1.0, 4),
     "scratch files": (1.0, 8),
     "quota MiB": (1.25, 10),
@@ -138,6 +138,7 @@ class Soak:
     async def append(self, name: str, until: float) -> None:
         """What is older than the newest records is truncated; a read now and then compares."""
         held: dict[int, bytes] = {}
+        appends = 0
         while time.perf_counter() < until:
             records = [self._source.randbytes(self._source.choice([20, 900])) for _ in range(12)]
             answer = await clients.append(self._client, name, records)
@@ -148,7 +149,8 @@ class Soak:
             first = answer.json()["first_lsn"]
             held.update({first + at: record for at, record in enumerate(records)})
             self.done["appends"] += 1
-            if self.done["appends"] % 50 == 0:
+            appends += 1
+            if appends % 25 == 0:
                 held = {lsn: held[lsn] for lsn in sorted(held)[-KEPT_RECORDS:]}
                 await self._truncate(name, min(held))
                 lsn = self._source.choice(sorted(held))
