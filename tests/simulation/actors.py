@@ -149,12 +149,12 @@ class Picture:
 
     tenant: str
     name: str
-    images: list[bytes] = field(default_factory=list)
+    images: list[bytes] = field(default_factory=lambda: [b""])
     made: bool = False
     turns: int = 0
 
     def check(self, found: bytes) -> None:
-        if found not in (self.images or [b""]):
+        if found not in self.images:
             raise Violation(f"{self.name} reads as no image that was put: {len(found)} bytes")
 
 
@@ -395,8 +395,7 @@ class Crowd:
         await self.settle_picture(container)
         while True:
             await self._pause()
-            before = picture.images[-1] if picture.images else None
-            image = sqlite_image(self.source, before)
+            image = sqlite_image(self.source, picture.images[-1] or None)
             picture.images.append(image)
             try:
                 await container.services.pages_in.put_image(
