@@ -316,12 +316,13 @@ async def test_what_is_spent_is_not_freed():
 class Cache:
     """A reclaimer that frees after a turn of the loop, as a real one does."""
 
-    def __init__(self, quota: StorageQuota, sizes: list[int]) -> None:
-        self.account = quota.account(kind=UsageKind.HOT_CACHE, tenant=None)
+    def __init__(self, quota: StorageQuota, sizes: list[int], *, device: int = 9) -> None:
+        self.account = quota.account(kind=UsageKind.HOT_CACHE, owner=f"{device}", tenant=None)
+        self.device = device
         self.sizes = sizes
         self.asked: list[int] = []
         for number, size in enumerate(sizes):
-            self.account.charge(f"f{number}", device=9, inode=number, size_bytes=size)
+            self.account.charge(f"f{number}", device=device, inode=number, size_bytes=size)
 
     async def reclaim(self, size_bytes: int) -> int:
         self.asked.append(size_bytes)
@@ -332,7 +333,7 @@ class Cache:
             if size:
                 self.sizes[number] = 0
                 await asyncio.sleep(0)
-                self.account.discharge(f"f{number}", device=9, inode=number)
+                self.account.discharge(f"f{number}", device=self.device, inode=number)
                 freed += size
         return freed
 
@@ -356,6 +357,16 @@ async def test_reclaimers_are_asked_before_refusing():
     with pytest.raises(QuotaExhausted) as refused:
         await quota.reserve(tenant="acme", job_id=None, size_bytes=701)
     assert refused.value.fields["used_bytes"] == 300  # all cache went, and still no room
+    quota.check()
+
+
+async def test_reclaimers_are_asked_in_turn_for_what_is_still_missing():
+    quota = make_quota(300)
+    caches = [Cache(quota, [100], device=number) for number in range(3)]
+    for cache in caches:
+        quota.add_reclaimer(cache)
+    await quota.reserve(tenant="acme", job_id=None, size_bytes=150)
+    assert [cache.asked for cache in caches] == [[150], [50], []]
     quota.check()
 
 
@@ -445,6 +456,9 @@ async def test_refusals_and_overruns_are_told():
         ("quota.exhausted", {"level": "global", "tenant": "acme", "requested_bytes": 11}),
         ("quota.drain_overrun", {"job_id": "J1", "bytes": 51}),
     ]
+    with pytest.raises(QuotaExhausted):
+        await quota.make_room(tenant="beta", size_bytes=12)
+    assert told[-1][1] == {"level": "global", "tenant": "beta", "requested_bytes": 12}
 
 
 async def test_an_account_charges_by_name():
@@ -510,6 +524,7 @@ async def test_charges_above_a_limit_refuse_reservations_until_use_falls():
     with pytest.raises(QuotaExhausted) as refused:
         await quota.reserve(tenant="acme", job_id=None, size_bytes=1)
     assert refused.value.fields["used_bytes"] == 150
+    await quota.reserve(tenant="acme", job_id=None, size_bytes=0)  # nothing always fits
     quota.forget(kind=UsageKind.WAL, owner="3")
     await quota.reserve(tenant="acme", job_id=None, size_bytes=100)
     quota.check()

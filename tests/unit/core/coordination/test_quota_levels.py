@@ -18,11 +18,12 @@ def test_what_is_held_beyond_what_was_ever_allowed_is_a_bug():
     level._reserved_bytes = 31
     with pytest.raises(InvariantViolation):
         level.check(31, 0)
-    lowered = Level(LevelName.TENANT, limit_bytes=None)
-    lowered.set_limit(20)
-    lowered._reserved_bytes = 21
-    with pytest.raises(InvariantViolation):
-        lowered.check(21, 0)
+    changed = Level(LevelName.TENANT, limit_bytes=None)
+    changed.set_limit(20)
+    for level in (changed, Level(LevelName.TENANT, limit_bytes=20)):
+        level._reserved_bytes = 21
+        with pytest.raises(InvariantViolation):
+            level.check(21, 0)
 
 
 def test_only_what_goes_counts_as_freed():
@@ -44,6 +45,13 @@ def test_a_retry_after_stays_within_a_minute(missing, seconds):
     assert freed.seconds_until(missing, now=0) == 5, "nothing was freed: a guess"
     freed.add(300, now=0)  # ten a second
     assert freed.seconds_until(missing, now=0) == seconds
+
+
+def test_a_trickle_is_waited_for_until_it_is_forgotten():
+    freed = FreedRate()
+    freed.add(1, now=0)
+    assert freed.seconds_until(1, now=15) == 50
+    assert freed.seconds_until(1, now=30) == 5
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,12 @@ def test_chunks_from_half_the_full_size_on_are_left_alone():
 
 
 def test_tiny_chunks_are_merged_by_their_number():
-    assert picked(log_of(*[1] * (RUN_LENGTH_MAX - 1))) == []
-    assert picked(log_of(*[1] * RUN_LENGTH_MAX)) == list(range(RUN_LENGTH_MAX))
+    chunks = log_of(*[1] * (RUN_LENGTH_MAX + 1))
+    large = 1 << 26  # whose lowest tier they do not reach together
+    assert pick_run(chunks[: RUN_LENGTH_MAX - 1], db_id=7, chunk_bytes=large) == ()
+    assert pick_run(chunks, db_id=7, chunk_bytes=large) == chunks[:RUN_LENGTH_MAX]
+    between = log_of(*[1] * 64, large // TIER_DIVISORS[0], *[1] * 64)
+    assert pick_run(between, db_id=7, chunk_bytes=large) == (), "not rewritten for their sake"
 
 
 def test_gaps_cuts_drops_and_inherited_chunks_are_not_crossed():

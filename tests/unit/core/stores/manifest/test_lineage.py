@@ -271,6 +271,10 @@ def family() -> House:
     return house
 
 
+def test_before_its_first_chunk_a_log_has_no_range(family: House) -> None:
+    assert lineage.log_range(family.rows, 1, 0) is None
+
+
 def test_a_fork_makes_no_row_until_it_changes(family: House) -> None:
     assert not family.rows.scan(CHUNKS, number_key(2))
     family.change(2, 0, "delta")
@@ -331,7 +335,7 @@ def test_a_fork_needs_the_older_base_that_a_delta_is_encoded_against() -> None:
     drop = msgspec.structs.replace(old, blob=None)
     assert needed_by(drop) == []
     inherited = lineage.inherited_rows(house.rows, with_delta, 0)
-    assert [row.generation for row in inherited.bases] == [1, 2]
+    assert [(row.generation, row.superseded_at) for row in inherited.bases] == [(1, 2), (2, None)]
     assert [row.generation for row in lineage.inherited_rows(house.rows, without, 0).bases] == [2]
 
 
@@ -343,6 +347,22 @@ def test_a_deleted_fork_needs_rows_only_for_its_own_forks(family: House) -> None
     assert not list(lineage.inheritors(family.rows, base))
     with pytest.raises(WrongState):
         family.apply(ops.RemoveDatabase(db_id=1))
+
+
+def test_a_fork_that_adopted_every_chunk_falls_through_no_more(family: House) -> None:
+    (base,) = lineage.chunk_rows(family.rows, 1, 0).bases
+    assert lineage.depth_of(family.rows, 3) == 2
+    family.apply(ops.AdoptEveryChunk(db_id=3))
+    assert lineage.depth_of(family.rows, 3) == 0
+    record = family.rows.get(DATABASES, number_key(3))
+    assert record is not None
+    assert record.forked_from == ForkParent(
+        tenant="acme", database="d2", db_id=2, generation=2, inherits=False
+    )
+    assert [row.chunk_id for _, row in family.rows.scan(CHUNKS, number_key(3))] == [0, 1]
+    family.check()
+    family.delete(2)
+    assert not list(lineage.inheritors(family.rows, base)), "the rows of 3 name the blobs"
 
 
 def test_what_a_deleted_fork_cut_off_stays_cut_off_in_its_forks(family: House) -> None:
