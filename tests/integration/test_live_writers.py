@@ -1,6 +1,6 @@
 """Live databases, the real `replicate` and the real service, with kill -9 for all of them.
 
-BOP_LIVE_SECONDS is how long an application writes under kills (5; 30 in the long size: all cases
+BOP_LIVE_SECONDS is how long an application writes under kills (10; 30 in the long size: all cases
 with `-m 'long or not long'`), BOP_LIVE_SEED what it writes and who is killed when.
 """
 
@@ -33,7 +33,7 @@ NAME = "acme/live"
 DB = "/tenants/acme/databases/live"
 CHUNK_BYTES = 1024 * 1024
 SEED = int(os.environ.get("BOP_LIVE_SEED", "11"))
-CI_SECONDS = float(os.environ.get("BOP_LIVE_SECONDS", "5"))
+CI_SECONDS = float(os.environ.get("BOP_LIVE_SECONDS", "10"))
 LONG_SECONDS = float(os.environ.get("BOP_LIVE_SECONDS", "30"))
 WAL_LIMIT_MIB = 2048
 WITHIN_SECONDS = 90
