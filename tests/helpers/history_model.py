@@ -46,6 +46,10 @@ class DatabaseModel:
     """The readable ones; the newest number is the database's generation."""
     snapshots: dict[str, int] = field(default_factory=dict)
     retention: RetentionModel = field(default_factory=RetentionModel)
+    doubtful: set[int] = field(default_factory=set)
+    """Generations that no rule kept at some time: the collector, which also runs by itself, may
+    have taken them, even if a later rule would keep them.
+    """
 
     @property
     def newest(self) -> int:
@@ -66,6 +70,7 @@ class DatabaseModel:
         """Chunks were merged: nothing that can be read has changed."""
         assert generation == self.newest + 1
         self.generations[generation] = self.generations[self.newest]
+        self.doubt()
 
     def truncate(
         self, generation: int, *, first_lsn: int | None = None, tail: range | None = None
@@ -85,6 +90,7 @@ class DatabaseModel:
         self.records = {lsn: data for lsn, data in self.records.items() if stays(lsn)}
         if first_lsn is not None:
             self.first_lsn = max(self.first_lsn, first_lsn)
+        self.doubt()
 
     @property
     def kept(self) -> list[int]:
@@ -96,8 +102,18 @@ class DatabaseModel:
             if number in pinned or self.retention.keeps(behind=self.newest - number)
         ]
 
-    def collect(self) -> None:
-        self.generations = {number: self.generations[number] for number in self.kept}
+    @property
+    def certain(self) -> list[int]:
+        return [number for number in self.kept if number not in self.doubtful]
+
+    def doubt(self) -> None:
+        """To be called after every change of what rules and snapshots keep."""
+        self.doubtful |= self.generations.keys() - set(self.kept)
+
+    def collect(self, there: set[int]) -> None:
+        """After a collection, `there` are the generations that the service has."""
+        assert set(self.certain) <= there <= set(self.kept), (self.name, there)
+        self.generations = {number: self.generations[number] for number in sorted(there)}
 
     def fork(
         self, name: str, generation: int, *, next_lsn: int, first_lsn: int, own: int
