@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from app.core.formats.record_framing import pack_records
 from tests.conftest import MakeServer
 from tests.helpers.failpoints import Failpoints, kill_at
 from tests.helpers.leases import (
@@ -36,16 +37,19 @@ from tests.helpers.numbered import (
 )
 from tests.helpers.server import ServerProcess
 from tests.helpers.wait import wait_until
-from tests.helpers.workload import scratch_left
+from tests.helpers.workload import RECORDS, scratch_left
 
 PAUSES = {
     "planning": "wal.before_seal",
+    "reserving": "hot_cache.before_unlink",
     "staging": "stage.before_create_scratch",
     "uploading": "directory.before_place",
     "cleanup": "stage.before_remove_scratch",
     "publishing": "wal.before_remove",
 }
-"""Stages of a checkpoint, each with a step off the event loop. At the last it has published."""
+"""Stages of a checkpoint, each with a step off the event loop. While it reserves, that is the cache
+making room for it. At the last it has published.
+"""
 
 
 @pytest.fixture
@@ -53,21 +57,32 @@ def gate(tmp_path: Path) -> Gate:
     return Gate(tmp_path)
 
 
-async def start_with_history(server: ServerProcess, failpoints: Failpoints) -> None:
-    """LSNs 1 to 10 are published, 11 to 15 only in the WAL."""
+async def start_with_history(
+    server: ServerProcess, failpoints: Failpoints, *, compression: str = "none"
+) -> None:
+    """LSNs 1 to 10 are published, 11 to 15 only in the WAL. What is compressed takes room when it
+    is staged, else it is linked.
+    """
     await server.start(failpoints=failpoints)
-    await create(server.client)
+    await create(server.client, compression=compression)
     await append(server.client, 10)
     await checkpoint(server.client)
     await append(server.client, 5)
 
 
-async def start_checkpoint(server: ServerProcess, gate: Gate) -> str:
+async def start_checkpoint(server: ServerProcess, gate: Gate, tenant: str = "acme") -> str:
     """Returns once it is held up at the gate."""
     gate.close()
-    answer = await server.client.post("/checkpoints", json=NAMES)
+    answer = await server.client.post("/checkpoints", json={**NAMES, "tenant": tenant})
     await wait_until(lambda: gate.is_reached, describe=lambda: f"the gate\n{server.log_tail()}")
     return answer.json()["id"]
+
+
+async def leave_room(client: httpx.AsyncClient, size_bytes: int) -> None:
+    """Of the quota, beside what is used now."""
+    used_bytes = (await client.get("/debug/storage/quota")).json()["global"]["used_bytes"]
+    answer = await client.put("/admin/quota", json={"global_bytes": used_bytes + size_bytes})
+    assert answer.status_code == 200, answer.text
 
 
 async def until_waiting(client: httpx.AsyncClient, job_id: str) -> None:
@@ -90,9 +105,14 @@ async def test_truncation_in_each_stage_of_a_checkpoint(
     stage: str, on_lease: str, make_server: MakeServer, gate: Gate
 ):
     server = make_server()
-    await start_with_history(server, {PAUSES[stage]: {"action": gate.action}})
+    codec = "zstd" if stage == "reserving" else "none"
+    await start_with_history(server, {PAUSES[stage]: {"action": gate.action}}, compression=codec)
     client = server.client
+    if stage == "reserving":
+        await leave_room(client, 1)
     checkpoint_id = await start_checkpoint(server, gate)
+    if stage != "planning":
+        assert (await job_of(client, checkpoint_id))["stage"] == stage
     if stage == "planning":  # the log is being sealed, which a tail truncation needs as well
         truncation_id = await truncate(client, "head", 11, on_lease=on_lease)
         expected = span(11, 15)
@@ -117,6 +137,55 @@ async def test_truncation_in_each_stage_of_a_checkpoint(
     await checkpoint(client)
     assert await readable(client) == expected
     assert (await client.get(LOG)).json()["checkpointed_lsn"] == 15
+    await stop_and_check(server)
+
+
+@pytest.mark.parametrize("on_lease", ["wait", "cancel"])
+async def test_truncation_while_a_checkpoint_waits_for_room_that_another_holds(
+    on_lease: str, make_server: MakeServer, gate: Gate
+):
+    """Refused its reservation, it has given its leases back: it is in nobody's way, so neither
+    policy waits for it or ends it. It plans anew, and goes on when there is room.
+    """
+    server = make_server(
+        settings={"BOP_DRAIN_RESERVE_BYTES": "1", "BOP_JOB_BACKOFF_CAP_SECONDS": "4"}
+    )
+    pause = {"stage.before_create_scratch": {"action": gate.action}}
+    await start_with_history(server, pause, compression="zstd")
+    client = server.client
+    zstd = {"engine": "append_only", "compression": "zstd"}
+    await client.put("/tenants/other/databases/log", json=zstd)
+    answer = await client.post(
+        "/tenants/other/databases/log/records",
+        content=pack_records([b"one"]),
+        headers={"Content-Type": RECORDS},
+    )
+    assert answer.status_code == 201, answer.text
+    await leave_room(client, 0)
+    holder_id = await start_checkpoint(server, gate, tenant="other")
+    held = (await client.get("/debug/storage/quota")).json()
+    assert [one["job_id"] for one in held["jobs"]] == [holder_id]
+    checkpoint_id = (await client.post("/checkpoints", json=NAMES)).json()["id"]
+
+    async def is_refused() -> bool:
+        job = await job_of(client, checkpoint_id)
+        return (job["state"], job["stage"]) == ("pending", "reserving")
+
+    await wait_until(is_refused, describe="a checkpoint that waits for room")
+    told = await job_of(client, checkpoint_id)
+    assert told["error"]["code"] == "quota_exhausted"
+    truncation = await ended(client, await truncate(client, "tail", 8, on_lease=on_lease))
+    assert truncation["result"]["dropped"] == {"first_lsn": 8, "last_lsn": 15}
+    assert await readable(client) == span(1, 7)
+    assert (await job_of(client, checkpoint_id))["state"] in {"pending", "in_flight"}
+    gate.open()
+    for job_id in (holder_id, checkpoint_id):
+        assert (await ended(client, job_id))["state"] == "completed"
+    reasons = [change["reason"] for change in await changes(client)]
+    assert "checkpoint.cancelled_by_truncation" not in reasons
+    assert await readable(client) == span(1, 7)
+    assert (await client.get(LOG)).json()["checkpointed_lsn"] == 15
+    await assert_nothing_left(server)
     await stop_and_check(server)
 
 
@@ -224,7 +293,9 @@ ALONE = {
     "wal.after_remove": 2,
     "publish.after_wal_release": 2,
 }
-"""Steps of a truncation with nothing in its way, and at which hit: a checkpoint went before it."""
+"""Steps of a truncation with nothing in its way, and at which hit: a checkpoint went before it.
+One of the head leaves the WAL's files alone.
+"""
 
 TOGETHER = (
     "truncate.before_wait",
@@ -239,27 +310,47 @@ TOGETHER = (
 """Steps of a truncation and of the checkpoint in its way, which it waits for or cancels."""
 
 
-@pytest.mark.parametrize("name", ALONE)
-async def test_kill_at_each_step_of_a_truncation(name: str, make_server: MakeServer):
+TRUNCATIONS = {"tail": (8, span(8, 15)), "head": (11, span(1, 10))}
+"""For each direction an LSN to truncate at, and what goes then."""
+
+
+def kept_of(direction: str) -> list[int]:
+    """Of the history and three records more."""
+    _, dropped = TRUNCATIONS[direction]
+    return [lsn for lsn in span(1, 18) if lsn not in dropped]
+
+
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [
+        *((name, "tail") for name in ALONE),
+        *((name, "head") for name in ALONE if "wal." not in name),
+    ],
+)
+async def test_kill_at_each_step_of_a_truncation(
+    name: str, direction: str, make_server: MakeServer
+):
     server = make_server()
     await start_with_history(server, kill_at(name, nth=ALONE[name]))
-    await _ask(server.client)
+    await _ask(server.client, direction)
     assert await server.wait_exit() == -signal.SIGKILL
     await server.start(failpoints={})
     await append(server.client, 3)
     await _until_idle(server.client)
     jobs = (await server.client.get("/truncations")).json()["items"]
     assert [job["state"] for job in jobs] == ["completed"]
-    assert jobs[0]["result"]["dropped"] == {"first_lsn": 8, "last_lsn": 15}
-    assert await readable(server.client) == [*span(1, 7), *span(16, 18)]
+    _, dropped = TRUNCATIONS[direction]
+    assert jobs[0]["result"]["dropped"] == {"first_lsn": dropped[0], "last_lsn": dropped[-1]}
+    assert await readable(server.client) == kept_of(direction)
     await checkpoint(server.client)
-    assert await readable(server.client) == [*span(1, 7), *span(16, 18)]
+    assert await readable(server.client) == kept_of(direction)
     await stop_and_check(server)
 
 
+@pytest.mark.parametrize("direction", TRUNCATIONS)
 @pytest.mark.parametrize("name", TOGETHER)
 async def test_kill_at_each_step_of_a_truncation_against_a_checkpoint(
-    name: str, make_server: MakeServer, gate: Gate
+    name: str, direction: str, make_server: MakeServer, gate: Gate
 ):
     """Held up in the pool, the checkpoint is in the way; killed where either comes to `name`."""
     on_lease = "cancel" if name == "truncate.after_cancel" else "wait"
@@ -268,7 +359,7 @@ async def test_kill_at_each_step_of_a_truncation_against_a_checkpoint(
     pause = {"stage.before_create_scratch": {"action": gate.action}}
     await start_with_history(server, {**pause, **kill_at(name, nth=nth)})
     await start_checkpoint(server, gate)
-    await _ask(server.client, on_lease=on_lease)
+    await _ask(server.client, direction, on_lease=on_lease)
     gate.open()
     assert await server.wait_exit() == -signal.SIGKILL
     await server.start(failpoints={})
@@ -276,9 +367,9 @@ async def test_kill_at_each_step_of_a_truncation_against_a_checkpoint(
     await _until_idle(server.client)
     jobs = (await server.client.get("/truncations")).json()["items"]
     assert [job["state"] for job in jobs] == ["completed"]
-    assert await readable(server.client) == [*span(1, 7), *span(16, 18)]
+    assert await readable(server.client) == kept_of(direction)
     await checkpoint(server.client)
-    assert await readable(server.client) == [*span(1, 7), *span(16, 18)]
+    assert await readable(server.client) == kept_of(direction)
     await assert_nothing_left(server)
     await stop_and_check(server)
 
@@ -316,10 +407,12 @@ async def test_a_checkpoint_stopped_beyond_its_lease_publishes_nothing_with_it(
     await stop_and_check(server)
 
 
-async def _ask(client: httpx.AsyncClient, **fields: object) -> None:
+async def _ask(client: httpx.AsyncClient, direction: str, **fields: object) -> None:
     """The service may die before it answers."""
+    lsn, _ = TRUNCATIONS[direction]
+    asked = {**NAMES, "direction": direction, "lsn": lsn, **fields}
     try:
-        await client.post("/truncations", json={**NAMES, "direction": "tail", "lsn": 8, **fields})
+        await client.post("/truncations", json=asked)
     except httpx.TransportError:
         return
 
