@@ -103,6 +103,7 @@ async def open_work(
         runner,
         ready=claim.wait_claimed,
         clock=ground.clock,
+        events=events,
         concurrency=settings.job_concurrency,
     )
     requests = CheckpointRequests(

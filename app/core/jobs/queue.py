@@ -5,7 +5,8 @@ only schedules. I6: every update of a claimed job carries its `run`, so that a s
 is refused. I7: a claim after a restart uses up no attempt.
 Concurrency: loop-confined; commits are awaited, and what a commit decided is looked at again after.
 Cancellation: a caller that leaves an `await` here leaves a committed row or none.
-Crash: rows survive; `load` makes in-flight jobs pending again at once.
+Crash: rows survive; `load` makes in-flight jobs pending again at once. Waits and ages go by the
+monotonic clock (`times.py`).
 """
 
 import asyncio
@@ -22,7 +23,9 @@ from app.core.base.events import Events, context_fields
 from app.core.coordination.quota_levels import FreedRate
 from app.core.jobs.feed import JobFeed
 from app.core.jobs.slots import WAITING_KINDS, DatabaseSlots
+from app.core.jobs.times import JobTimes
 from app.core.stores.manifest.conditions import ExpectJobState, ExpectRun, Precondition
+from app.core.stores.manifest.errors import WrongState
 from app.core.stores.manifest.ops import (
     EnqueueJob,
     ManifestBatch,
@@ -66,6 +69,7 @@ class JobQueue:
         self._pending: OrderedDict[str, dict[str, JobRecord]] = OrderedDict()  # tenant → jobs
         self._claimed: dict[str, JobRecord] = {}
         self._slots = DatabaseSlots()
+        self._times = JobTimes(clock)
         self._aside: set[str] = set()
         self._enqueueing: dict[int, asyncio.Lock] = {}
         self._entering: Counter[str] = Counter()  # tenant → jobs on their way into the manifest
@@ -188,10 +192,16 @@ class JobQueue:
             for job in (*self._claimed.values(), *waiting.values())
         )
 
-    def next_eligible_us(self) -> int | None:
-        """When the earliest job that only waits for its time may be claimed."""
+    def age_seconds(self, job: JobRecord) -> float:
+        """Since an unfinished job was accepted, restarts included."""
+        return self._times.age_seconds(job)
+
+    def next_eligible_at(self) -> float | None:
+        """When the earliest job that only waits for its time may be claimed, by the monotonic
+        clock.
+        """
         times = [
-            job.not_before_us
+            self._times.ready_at(job)
             for jobs in self._pending.values()
             for job in jobs.values()
             if not self._is_blocked(job)
@@ -200,8 +210,7 @@ class JobQueue:
 
     async def claim(self) -> JobRecord | None:
         """The next job in turn, tenant by tenant, now in flight; None if none is eligible."""
-        now = wall_us(self._clock)
-        job = self._pick(now)
+        job = self._pick(self._clock.monotonic())
         if job is None:
             return None
         self._take(job)
@@ -209,7 +218,7 @@ class JobQueue:
             "state": "in_flight",
             "run": job.run + 1,
             "attempts": job.attempts + 1,
-            "started_at_us": job.started_at_us or now,
+            "started_at_us": job.started_at_us or wall_us(self._clock),
         }
         try:
             await self._manifest.commit(
@@ -285,8 +294,8 @@ class JobQueue:
         )
 
     async def request_cancel(self, job_id: str, *, by: str | None = None) -> JobRecord:
-        """A pending job ends here; a job in flight is told. `by` is the truncation that it is in
-        the way of. Raises JobAlreadyEnded.
+        """A pending job ends at its next turn, without its work; a job in flight is told. `by` is
+        the truncation that it is in the way of. Raises JobAlreadyEnded.
         """
         job = self._read(job_id)
         if job.state in ENDED_STATES:
@@ -294,13 +303,16 @@ class JobQueue:
         changes: dict[str, Any] = {"cancel_requested": True}
         if by is not None:
             changes["cancelled_by"] = by
-        await self._manifest.commit(
-            ManifestBatch(
-                ops=(UpdateJob(job_id=job_id, changes=changes),),
-                preconditions=(ExpectJobState(job_id=job_id, states=("pending", "in_flight")),),
-                reason="job.cancel_requested",
+        try:
+            await self._manifest.commit(
+                ManifestBatch(
+                    ops=(UpdateJob(job_id=job_id, changes=changes),),
+                    preconditions=(ExpectJobState(job_id=job_id, states=("pending", "in_flight")),),
+                    reason="job.cancel_requested",
+                )
             )
-        )
+        except WrongState as refused:  # it ended meanwhile
+            raise JobAlreadyEnded from refused
         if job_id not in self._claimed:
             self._reload(job_id)
             self.wake()
@@ -349,10 +361,10 @@ class JobQueue:
                 return other
         return None
 
-    def _pick(self, now_us: int) -> JobRecord | None:
+    def _pick(self, now: float) -> JobRecord | None:
         for tenant in list(self._pending):
             for job in self._pending[tenant].values():
-                if job.not_before_us <= now_us and not self._is_blocked(job):
+                if self._times.ready_at(job) <= now and not self._is_blocked(job):
                     self._pending.move_to_end(tenant)
                     return job
         return None
@@ -365,6 +377,7 @@ class JobQueue:
 
     def _add_pending(self, job: JobRecord) -> None:
         self._slots.note(job)
+        self._times.note(job)
         self._pending.setdefault(job.tenant, {})[job.job_id] = job
         self.wake()
 
@@ -391,6 +404,7 @@ class JobQueue:
             self._add_pending(job)
         else:
             self._slots.forget(job)
+            self._times.forget(job_id)
 
 
 def job_fields(job: JobRecord) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 Invariants: I7, I13: whatever happens, the job's row says what is true and its handler has cleaned
 up. I15: once the publishing transaction is in, the job can only go on to completion.
-Concurrency: one runner per claimed job; a lease keeper beside the handler.
+Concurrency: one runner per claimed job.
 Cancellation: a shutdown leaves the row in flight; the next start resumes it, no attempt used up.
 Crash: the same.
 """
@@ -16,6 +16,7 @@ from app.core.base.clock import Clock, Randomness, full_jitter, wall_us
 from app.core.base.errors import (
     BopError,
     DeadlineExceeded,
+    DiskFull,
     ErrorKind,
     FatalError,
     InternalError,
@@ -24,6 +25,7 @@ from app.core.base.errors import (
     ManifestFull,
 )
 from app.core.base.events import Events, bound
+from app.core.base.tasks import uninterrupted
 from app.core.jobs.queue import JobQueue, job_fields
 from app.core.stores.manifest.conditions import Precondition
 from app.core.stores.manifest.errors import BatchRefused, CancelRequested, RunSuperseded
@@ -59,8 +61,13 @@ class JobContext:
         preconditions: tuple[Precondition, ...] = (),
         allow_cancelled: bool = False,
     ) -> Receipt:
-        """Commits `changes` of the job with `ops`. Raises JobCancelled if someone asked to."""
-        try:
+        """Commits `changes` of the job with `ops`. Raises JobCancelled if someone asked to.
+
+        A caller that is cancelled waits for the commit, which takes effect all the same: `job` is
+        what the row says, and a publication is never taken for a failure (I15).
+        """
+
+        async def commit() -> Receipt:
             self.job, receipt = await self._queue.update(
                 self.job,
                 reason=reason,
@@ -69,6 +76,10 @@ class JobContext:
                 preconditions=preconditions,
                 allow_cancelled=allow_cancelled,
             )
+            return receipt
+
+        try:
+            receipt = await uninterrupted(commit())
         except CancelRequested as refused:
             self.job = self._queue.as_cancelled(self.job)
             raise JobCancelled("The job was cancelled on request.") from refused
@@ -174,9 +185,11 @@ class JobRunner:
             context._on_progress = lambda: None  # noqa: SLF001 - the timeout is over
 
     def _deadline(self, job: JobRecord) -> float | None:
+        """By the monotonic clock: the time that the job was given runs from its acceptance."""
         if job.deadline_us is None or job.published_generation is not None:
             return None
-        return self._clock.monotonic() + (job.deadline_us - wall_us(self._clock)) / 1e6
+        given_seconds = (job.deadline_us - job.created_at_us) / 1e6
+        return self._clock.monotonic() + given_seconds - self._queue.age_seconds(job)
 
     async def _fail(self, handler: JobHandler, context: JobContext, error: BopError) -> None:
         job = context.job
@@ -190,7 +203,7 @@ class JobRunner:
             await self._give_up(handler, context, error, state="failed")
 
     async def _retry(self, handler: JobHandler, context: JobContext, error: BopError) -> None:
-        ops = await handler.pause(context)
+        ops = await self._pause(handler, context)
         delay = full_jitter(
             self._randomness,
             attempt=context.job.attempts,
@@ -218,12 +231,38 @@ class JobRunner:
     async def _give_up(
         self, handler: JobHandler, context: JobContext, error: BopError, *, state: str
     ) -> None:
-        ops, changes = await handler.abandon(context)
+        ops, changes = await self._abandon(handler, context)
         log = self._events.info if state == "cancelled" else self._events.error
         log(f"job.{state}", code=error.code, detail=str(error), **job_fields(context.job))
         await self._end(
             context, state=state, ops=ops, changes={**changes, "error": failure_of(error)}
         )
+
+    async def _pause(self, handler: JobHandler, context: JobContext) -> tuple[Op, ...]:
+        try:
+            return await handler.pause(context)
+        except FatalError:
+            raise
+        except Exception as error:  # noqa: BLE001 - as in `_abandon`
+            self._tell_left(context.job, error)
+            return ()
+
+    async def _abandon(
+        self, handler: JobHandler, context: JobContext
+    ) -> tuple[tuple[Op, ...], dict[str, Any]]:
+        """Where the handler cannot clean up, the row must say all the same how the job ended: the
+        janitor takes scratch and reservation, and leases expire.
+        """
+        try:
+            return await handler.abandon(context)
+        except FatalError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a bug fails its job, not its neighbours
+            self._tell_left(context.job, error)
+            return (), {}
+
+    def _tell_left(self, job: JobRecord, error: Exception) -> None:
+        self._events.error("job.not_cleaned_up", error=repr(error), **job_fields(job))
 
     async def _end(
         self,
@@ -254,7 +293,7 @@ class JobRunner:
                 self._events.warning(
                     "job.superseded", detail=str(refused), **job_fields(context.job)
                 )
-            except (ManifestBusy, ManifestFull) as refused:
+            except (ManifestBusy, ManifestFull, DiskFull) as refused:
                 self._events.error("job.unsettled", detail=str(refused), **job_fields(context.job))
                 await self._clock.sleep(SETTLE_SECONDS)
                 continue

@@ -1,6 +1,7 @@
 """Claims jobs and runs them, as many side by side as the settings allow.
 
-Invariants: nothing is claimed before the remote prefix is, nor after `stop_claiming`.
+Invariants: nothing is claimed before the remote prefix is, nor after `stop_claiming`. I16: a
+manifest that takes no writes just now (its disk or map is full) holds claims up and ends nothing.
 Concurrency: one loop; runners are tasks of its scope.
 Cancellation: runners are cancelled and joined; their rows stay in flight and are resumed.
 Crash: see jobs.queue.
@@ -9,10 +10,15 @@ Crash: see jobs.queue.
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from app.core.base.clock import Clock, wall_us
+from app.core.base.clock import Clock
+from app.core.base.errors import BopError
+from app.core.base.events import Events
 from app.core.base.tasks import TaskScope
 from app.core.jobs.queue import JobQueue
 from app.core.jobs.runner import JobRunner
+
+REFUSED_SECONDS = 1.0
+"""After which a claim that was turned away is made again."""
 
 
 class JobLoop:
@@ -25,12 +31,14 @@ class JobLoop:
         *,
         ready: Callable[[], Awaitable[None]],
         clock: Clock,
+        events: Events,
         concurrency: int,
     ) -> None:
         """Claims nothing until `ready()` returns."""
         self._queue = queue
         self._runner = runner
         self._clock = clock
+        self._events = events
         self._ready = ready
         self._concurrency = concurrency
         self._claiming = True
@@ -62,8 +70,13 @@ class JobLoop:
             while True:
                 if self._failure.done():
                     self._failure.result()
-                await self._claim(scope)
-                await self._wait()
+                try:
+                    await self._claim(scope)
+                except BopError as error:
+                    self._events.warning("job.not_claimed", code=error.code, detail=str(error))
+                    await self._clock.sleep(REFUSED_SECONDS)
+                else:
+                    await self._wait()
 
     async def _claim(self, scope: TaskScope) -> None:
         while self._claiming and self._working(scope) < self._concurrency:
@@ -75,8 +88,8 @@ class JobLoop:
             task.add_done_callback(lambda _: self._ended(scope))
 
     async def _wait(self) -> None:
-        next_us = self._queue.next_eligible_us() if self._claiming else None
-        delay = None if next_us is None else max((next_us - wall_us(self._clock)) / 1e6, 0.005)
+        ready_at = self._queue.next_eligible_at() if self._claiming else None
+        delay = None if ready_at is None else max(ready_at - self._clock.monotonic(), 0.005)
         try:
             async with asyncio.timeout(delay):
                 await self._queue.wait_for_work()

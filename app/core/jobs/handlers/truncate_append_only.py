@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.core.base import failpoints
-from app.core.base.clock import Clock, wall_us
+from app.core.base.clock import Clock
 from app.core.base.errors import JobAlreadyEnded, JobCancelled, LeaseTimeout
 from app.core.base.events import Events
 from app.core.checkpoint.parts import job_fields
@@ -73,8 +73,8 @@ class TruncateAppendOnly:
         """
         job = context.job
         request = TruncationRequest.of(job.params)
-        passed_seconds = (wall_us(self._clock) - job.created_at_us) / 1e6
-        give_up_at = self._clock.monotonic() + request.lease_timeout_seconds - passed_seconds
+        left_seconds = request.lease_timeout_seconds - self._queue.age_seconds(job)
+        give_up_at = self._clock.monotonic() + left_seconds
         told = False
         while (way := self._in_the_way(job)) is not None or not self._queue.enter(job):
             if self._clock.monotonic() >= give_up_at and job.published_generation is None:

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
-from app.core.base.clock import SeededRandomness, SystemClock, wall_us
+from app.core.base.clock import Clock, SeededRandomness, SystemClock, wall_us
 from app.core.base.errors import Backpressure, JobAlreadyEnded, JobNotFound, QueueDrained
 from app.core.base.events import Events
 from app.core.base.ids import new_ulid
@@ -16,6 +16,7 @@ from app.core.stores.manifest.errors import CancelRequested, RunSuperseded
 from app.core.stores.manifest.records import JobRecord
 from app.core.stores.manifest.store import ManifestStore
 from migrations.runner import load_steps
+from tests.helpers.fake_clock import FakeClock
 
 CLOCK, RANDOMNESS = SystemClock(), SeededRandomness(1)
 
@@ -32,14 +33,14 @@ def raise_fatal(error: BaseException) -> None:
 
 
 @asynccontextmanager
-async def opened(tmp_path, *, depth_max: int = 100):
+async def opened(tmp_path, *, depth_max: int = 100, clock: Clock = CLOCK):
     manifest = await ManifestStore.open(
-        tmp_path / "manifest", clock=CLOCK, events=Events(), process_id=new_ulid(CLOCK, RANDOMNESS),
+        tmp_path / "manifest", clock=clock, events=Events(), process_id=new_ulid(CLOCK, RANDOMNESS),
         map_bytes=1 << 26, max_readers=16, migrations=load_steps(), on_fatal=raise_fatal,
     )  # fmt: skip
     try:
         queue = JobQueue(
-            manifest, clock=CLOCK, events=Events(), feed=JobFeed(), depth_max=depth_max
+            manifest, clock=clock, events=Events(), feed=JobFeed(), depth_max=depth_max
         )
         await queue.load()
         yield queue
@@ -201,7 +202,70 @@ async def test_a_retry_waits_for_its_time(queue):
     )
     queue.give_back(waiting)
     assert await queue.claim() is None
-    assert queue.next_eligible_us() == later
+    ready_at = queue.next_eligible_at()
+    assert ready_at is not None
+    assert CLOCK.monotonic() + 3590 < ready_at <= CLOCK.monotonic() + 3600
+
+
+@pytest.mark.parametrize("seconds", [-86_400, 86_400])
+async def test_waits_and_ages_are_not_the_wall_clocks(tmp_path, seconds):
+    clock = FakeClock()
+    async with opened(tmp_path, clock=clock) as queue:
+        added = msgspec.structs.replace(job(1), created_at_us=wall_us(clock))
+        await queue.enqueue(added, join=False)
+        claimed = await queue.claim()
+        later = wall_us(clock) + 60_000_000
+        waiting, _ = await queue.update(
+            claimed, reason="t", changes={"state": "pending", "not_before_us": later}
+        )
+        queue.give_back(waiting)
+        clock.jump_wall(seconds)
+        clock.advance(59)
+        assert await queue.claim() is None
+        clock.advance(1)
+        again = await queue.claim()
+        assert again is not None
+        assert queue.age_seconds(again) == 60
+
+
+async def test_ages_go_on_over_a_restart_and_are_never_negative(tmp_path):
+    clock = FakeClock()
+    async with opened(tmp_path, clock=clock) as queue:
+        added = msgspec.structs.replace(job(1), created_at_us=wall_us(clock))
+        await queue.enqueue(added, join=False)
+    clock.advance(30)
+    async with opened(tmp_path, clock=clock) as queue:
+        assert queue.age_seconds(added) == 30
+    clock.jump_wall(-3600)
+    async with opened(tmp_path, clock=clock) as queue:
+        assert queue.age_seconds(added) == 0
+
+
+async def test_a_cancelled_job_does_not_wait_for_its_time(queue):
+    await queue.enqueue(job(1), join=False)
+    claimed = await queue.claim()
+    assert claimed is not None
+    later = wall_us(CLOCK) + 3_600_000_000
+    waiting, _ = await queue.update(
+        claimed, reason="t", changes={"state": "pending", "not_before_us": later}
+    )
+    queue.give_back(waiting)
+    await queue.request_cancel(claimed.job_id)
+    again = await queue.claim()
+    assert again is not None
+    assert again.cancel_requested
+
+
+async def test_to_cancel_a_job_that_ends_meanwhile_says_so(queue, monkeypatch):
+    await queue.enqueue(job(1), join=False)
+    claimed = await queue.claim()
+    assert claimed is not None
+    with queue._manifest.read() as view:
+        before = view.job(claimed.job_id)
+    await queue.update(claimed, reason="t", changes={"state": "completed"})
+    monkeypatch.setattr(queue, "_read", lambda job_id: before)
+    with pytest.raises(JobAlreadyEnded):
+        await queue.request_cancel(claimed.job_id)
 
 
 async def test_watchers_are_woken_by_each_change(queue):

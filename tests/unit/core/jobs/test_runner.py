@@ -1,6 +1,7 @@
 """What an attempt's end makes of a job: done, tried again, given up, cancelled."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,14 @@ from app.core.base.clock import SeededRandomness, SystemClock, wall_us
 from app.core.base.errors import (
     BopError,
     CorruptWal,
+    DiskFull,
     QuotaExhausted,
     RemoteUnavailable,
     StorageFailure,
 )
 from app.core.base.events import Events
 from app.core.base.ids import new_ulid
+from app.core.base.tasks import run_beside
 from app.core.jobs.feed import JobFeed
 from app.core.jobs.queue import JobQueue
 from app.core.jobs.runner import JobContext, JobRunner, RetryPolicy
@@ -160,6 +163,64 @@ async def test_after_the_publication_it_only_goes_onwards(bench):
         raising(CorruptWal("later")), attempts_max=1, published_generation=3
     )
     assert (job.state, handler.paused, handler.abandoned) == ("pending", 1, 0)
+
+
+async def test_a_publication_under_way_when_its_attempt_is_given_up_counts(bench, monkeypatch):
+    """Unknown is not failed (I15): its commit goes on, and the attempt waits for it."""
+    held = threading.Event()
+
+    async def work(context: JobContext):
+        async def publish():
+            monkeypatch.setattr(bench.manifest._writer, "_before_group", lambda: held.wait(5))
+            await context.update(reason="t", changes={"published_generation": 3})
+            raise AssertionError("it was cancelled meanwhile")
+
+        async def lose_the_leases():
+            asyncio.get_running_loop().call_later(0.05, held.set)
+            raise RemoteUnavailable("down")
+
+        await run_beside(publish(), lose_the_leases())
+
+    job, handler = await bench.run(work, attempts_max=1)
+    assert (job.state, job.published_generation, job.plan) == ("pending", 3, b"plan")
+    assert (handler.paused, handler.abandoned) == (1, 0)
+
+
+@pytest.mark.parametrize("error", [OSError(24, "too many open files"), DiskFull(), KeyError("x")])
+@pytest.mark.parametrize(("attempts_max", "state"), [(3, "pending"), (1, "failed")])
+async def test_a_way_out_that_fails_leaves_no_job_behind(
+    bench, monkeypatch, error, attempts_max, state
+):
+    """What the handler could not give back is the janitor's; the row says how it ended."""
+
+    async def fail(self: Handler, context: JobContext):
+        raise error
+
+    monkeypatch.setattr(Handler, "pause", fail)
+    monkeypatch.setattr(Handler, "abandon", fail)
+    job, _ = await bench.run(raising(RemoteUnavailable("down")), attempts_max=attempts_max)
+    assert job.state == state
+    assert job.error is not None
+    assert job.error.code == "remote_unavailable"
+
+
+async def test_how_an_attempt_ended_is_settled_once_the_disk_has_room(bench, monkeypatch):
+    full = [DiskFull(), DiskFull()]
+    commit = bench.manifest.commit
+
+    async def refuse(batch: ManifestBatch):
+        if batch.reason == "job.completed" and full:
+            raise full.pop()
+        return await commit(batch)
+
+    monkeypatch.setattr(bench.manifest, "commit", refuse)
+    monkeypatch.setattr("app.core.jobs.runner.SETTLE_SECONDS", 0.0)
+
+    async def work(context: JobContext):
+        return {"outcome": "published"}
+
+    job, _ = await bench.run(work)
+    assert (job.state, full) == ("completed", [])
 
 
 async def test_a_cancelled_job_cleans_up_and_ends(bench):

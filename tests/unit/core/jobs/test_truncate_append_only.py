@@ -117,6 +117,21 @@ async def test_its_time_runs_from_acceptance(bench):
     assert bench.catalogue() == before
 
 
+@pytest.mark.parametrize("seconds", [-86_400, 86_400])
+async def test_its_time_is_not_the_wall_clocks(bench, seconds):
+    await bench.lease("CHECKPOINT", ttl_seconds=600)
+    await bench.truncation("tail", 28, 35, lease_timeout_seconds=30)
+    bench.clock.jump_wall(seconds)
+    bench.clock.advance(29)
+    async with running(bench) as attempt:
+        await bench.clock.until_sleeping()
+        assert not attempt.done()
+        bench.clock.advance(1)
+        ended = await attempt
+    assert ended.error is not None
+    assert ended.error.code == "lease_timeout"
+
+
 async def test_its_time_is_no_matter_if_nothing_is_in_the_way(bench):
     await bench.truncation("tail", 28, 35, lease_timeout_seconds=0)
     bench.clock.advance(100)
