@@ -2,8 +2,8 @@
 
 Invariants: I3: a fork's `checkpointed_lsn` rises only once its generation document is stored.
 I13: the row comes first. A crash in between leaves a row whose object is missing, which
-`store_missing` writes; an object without a row can only be one whose snapshot went meanwhile, and
-that is taken away again.
+`store_missing` writes; an object without a row can only be one whose snapshot or fork went
+meanwhile, and that is queued for the collector, which confirms that the prefix is ours (I17).
 Concurrency: two at once write the same bytes under the same key. Cancellation: at any await.
 Crash: rows say what is stored; the rest is found again.
 """
@@ -21,8 +21,13 @@ from app.core.checkpoint.document_store import store_document
 from app.core.checkpoint.generation_document import GenerationDocument, build_document
 from app.core.retention.snapshot_document import encode_snapshot
 from app.core.stores.manifest.errors import MissingRow
-from app.core.stores.manifest.ops import AdvanceCheckpointed, ManifestBatch, MarkSnapshotStored
-from app.core.stores.manifest.records import ForkRecord, GenerationRecord, SnapshotRecord
+from app.core.stores.manifest.ops import (
+    AdvanceCheckpointed,
+    ManifestBatch,
+    MarkSnapshotStored,
+    RetireBlob,
+)
+from app.core.stores.manifest.records import BlobRef, ForkRecord, GenerationRecord, SnapshotRecord
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.manifest.view import ManifestView
 from app.core.stores.remote.protocol import BytesBody, RemoteStore
@@ -70,13 +75,13 @@ class HistoryObjects:
         failpoints.fp("snapshot.before_document")
         await self.remote().put_blob(key, body)
         failpoints.fp("snapshot.after_document")
-        mark = MarkSnapshotStored(db_id=row.db_id, name=row.name)
+        mark = MarkSnapshotStored(db_id=row.db_id, name=row.name, key=key)
         try:
             await self.manifest.commit(
                 ManifestBatch(ops=(mark,), reason="snapshot.stored", db_id=row.db_id)
             )
         except MissingRow:  # deleted meanwhile, and its object with it, but then came this one
-            await self.remote().delete_blobs([key])
+            await self._retire(row.document, db_id=row.db_id)
 
     async def store_fork(self, fork: ForkRecord) -> None:
         """The document of a fork's first generation: its whole chunk view, so that the bucket alone
@@ -97,13 +102,21 @@ class HistoryObjects:
                 ManifestBatch(ops=(durable,), reason="fork.durable", db_id=fork.child_db_id)
             )
         except MissingRow:  # the generation expired, or the fork was deleted, meanwhile
-            await self.remote().delete_blobs([generation.document_key])
+            gone = BlobRef(key=generation.document_key, sha256=b"", crc64=0, bytes=0)
+            await self._retire(gone, db_id=fork.child_db_id)
             return
         self.on_durable(fork.child_db_id)
         self.events.info(
             "fork.durable", tenant=fork.tenant, database=fork.database, db_id=fork.child_db_id,
             generation=generation.generation, chunks=len(document.chunks),
         )  # fmt: skip
+
+    async def _retire(self, blob: BlobRef, *, db_id: int) -> None:
+        """It may have been collected before it was stored."""
+        retire = RetireBlob(blob=blob, db_id=db_id, eligible_at_us=0, reason="unreachable")
+        await self.manifest.commit(
+            ManifestBatch(ops=(retire,), reason="collection.retired", db_id=db_id)
+        )
 
 
 def _first_generation(view: ManifestView, fork: ForkRecord) -> GenerationRecord | None:

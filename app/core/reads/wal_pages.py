@@ -153,22 +153,20 @@ class WalPageReader:
         """Of entries of one file. Those not known are checked in one go: they are many and small,
         and a turn through the pool for each would cost more than reading it.
         """
-        unknown = [entry for entry in entries if entry not in self._checksums]
-        found: dict[EntryPlace, Checksums] = {}
+        found = {entry: self._checksums[entry] for entry in entries if entry in self._checksums}
+        unknown = [entry for entry in entries if entry not in found]
         if unknown:
             checked = await self._run(
                 lambda: _check_entries_blocking(unknown, page_size), path=unknown[0].path
             )
-            found = dict(zip(unknown, checked, strict=True))
-            for entry, checksums in found.items():
-                if entry not in self._checksums:
-                    self._keep(entry, checksums)
-        for entry in entries:
-            if entry not in found:
-                found[entry] = self._checksums[entry]
+            for entry, checksums in zip(unknown, checked, strict=True):
+                found[entry] = checksums
+                self._keep(entry, checksums)
         return [found[entry] for entry in entries]
 
     def _keep(self, entry: EntryPlace, checksums: Checksums) -> None:
+        if entry in self._checksums:  # another reader was quicker
+            return
         self._checksums[entry] = checksums
         self._used_bytes += checksums.nbytes + 256
         while self._used_bytes > self._kept_bytes and self._checksums:

@@ -113,6 +113,7 @@ class Databases:
                 )
                 return self.get(tenant, name), True
         check_same(existing, spec)
+        await self._directory.open(existing.db_id)  # another may be about to, or have failed to
         return self.get(tenant, name), False
 
     def get(self, tenant: str, name: str) -> DatabaseStatus:
@@ -120,10 +121,18 @@ class Databases:
         return self._status(self._directory.read(tenant, name))
 
     def list(self, tenant: str, *, limit: int, after: str | None) -> list[DatabaseStatus]:
-        """In order of their names, from the one behind `after`."""
-        with self._manifest.read() as view:
-            records = view.databases(tenant=tenant, after_name=after, limit=limit)
-        return [self._status(record) for record in records]
+        """In order of their names, from the one behind `after`. One that is just being made is left
+        out.
+        """
+        found: list[DatabaseStatus] = []
+        while len(found) < limit:
+            with self._manifest.read() as view:
+                records = view.databases(tenant=tenant, after_name=after, limit=limit - len(found))
+            if not records:
+                break
+            found += [self._status(one) for one in records if self._directory.is_open(one.db_id)]
+            after = records[-1].name
+        return found
 
     async def wait_durable(
         self, tenant: str, name: str, *, min_lsn: int, wait_seconds: float

@@ -3,6 +3,7 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable
+from weakref import WeakValueDictionary
 
 from app.core.base.errors import DatabaseNotFound, WrongEngine
 from app.core.base.events import Events
@@ -37,6 +38,7 @@ class DatabaseDirectory:
         self._events = events
         self._ids: dict[tuple[str, str], DatabaseRecord] = {}  # fixed properties only
         self._checkpointed: dict[int, set[asyncio.Future[None]]] = defaultdict(set)
+        self._opening: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
 
     async def open_all(self) -> None:
         """At start: recovers every database's WAL. Damage is reported per database."""
@@ -46,6 +48,14 @@ class DatabaseDirectory:
             await self.open(db_id)
 
     async def open(self, db_id: int) -> WalLog:
+        """The database's log; one that is open, or is being opened by another, is that one."""
+        async with self._opening.setdefault(db_id, asyncio.Lock()):
+            try:
+                return self._wal.log(db_id)
+            except DatabaseNotFound:
+                return await self._open(db_id)
+
+    async def _open(self, db_id: int) -> WalLog:
         with self._manifest.read() as view:
             record = view.database(db_id)
             rows = view.segments(db_id)
@@ -111,6 +121,14 @@ class DatabaseDirectory:
 
     def log(self, db_id: int) -> WalLog:
         return self._wal.log(db_id)
+
+    def is_open(self, db_id: int) -> bool:
+        """False while a database is being made or taken apart."""
+        try:
+            self._wal.log(db_id)
+        except DatabaseNotFound:
+            return False
+        return True
 
     def forget(self, tenant: str, name: str) -> None:
         self._ids.pop((tenant, name), None)

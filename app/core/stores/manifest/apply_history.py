@@ -49,6 +49,8 @@ def apply_history(rows: Rows, op: HistoryOp) -> None:
             _create_snapshot(rows, snapshot)
         case MarkSnapshotStored():
             row = _require_snapshot(rows, op.db_id, op.name)
+            if op.key and (row.document is None or row.document.key != op.key):
+                raise MissingRow("The snapshot was made anew.", db_id=op.db_id, snapshot=op.name)
             stored = msgspec.structs.replace(row, document_stored=True)
             rows.put(SNAPSHOTS, snapshot_key(op.db_id, op.name), stored)
         case DeleteSnapshot():

@@ -226,8 +226,13 @@ class CreateSnapshot(Op, frozen=True, kw_only=True, tag=True):
 
 
 class MarkSnapshotStored(Op, frozen=True, kw_only=True, tag=True):
+    """Refused (`MissingRow`) where the name is another snapshot's by now: `key` is the stored
+    document's. Changes of earlier versions name none.
+    """
+
     db_id: int
     name: str
+    key: str = ""
 
 
 class DeleteSnapshot(Op, frozen=True, kw_only=True, tag=True):

@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import random
+import threading
 
 import pytest
 from pyroaring import BitMap
 
 from app.core.base.errors import CorruptBlob, CorruptWal, GenerationExpired, NotFound
 from app.core.base.errors import RemoteUnavailable as Unavailable
+from app.core.reads import wal_pages
 from app.core.reads.page_cache import FetchOptions
 from app.core.stores.manifest import ops
 from tests.helpers.paged import PagedDatabase, made_page, paged_database
@@ -468,6 +470,35 @@ async def test_an_entry_read_whole_is_read_once_and_checked(db):
             await newest(db)
     path.write_bytes(intact)
     assert await newest(db) == db.expected()
+
+
+async def test_what_is_remembered_of_entries_may_be_forgotten_while_others_are_checked(db):
+    await db.append({n: page(n) for n in (1, 2, 3)})
+    await db.append({2: page(12)})  # of the first entry only a part is wanted from now on
+    await db.append({n: page(n) for n in (4, 5, 6)})
+    await db.append({5: page(15)})
+    reader = db.store._wal_reader
+    reader._kept_bytes = 300  # of one entry
+    assert await tier_of(db, 1) == "wal"
+    assert len(reader._checksums) == 1
+    assert await newest(db) == db.expected()
+
+
+async def test_what_is_remembered_of_entries_is_counted_once(db, monkeypatch):
+    await db.append({n: page(n) for n in (1, 2, 3)})
+    await db.append({2: page(12)})
+    reader, at_once = db.store._wal_reader, threading.Barrier(2, timeout=5)
+    check = wal_pages._check_entries_blocking
+
+    def check_at_once(*args):
+        at_once.wait()
+        return check(*args)
+
+    monkeypatch.setattr(wal_pages, "_check_entries_blocking", check_at_once)
+    await asyncio.gather(newest(db), tier_of(db, 1))
+    held = [checksums.nbytes + 256 for checksums in reader._checksums.values()]
+    assert held
+    assert reader._used_bytes == sum(held)
 
 
 @pytest.mark.parametrize(

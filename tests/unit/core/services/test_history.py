@@ -147,8 +147,30 @@ async def test_a_document_that_lands_behind_the_deletion_is_taken_away(bench: Be
     row = await bench.snapshots.create("acme", "db", "s")
     bench.remote.unavailable = False
     await bench.snapshots.delete("acme", "db", "s")
+    assert row.document is not None
+    key = row.document.key
+    await bench.store.commit(batch(ops.ForgetBlob(key=key)))  # collected before it landed
     await bench.objects.store_snapshot(row)
-    assert objects(bench, "snapshots/") == []
+    assert objects(bench, "snapshots/") == [key]
+    with bench.store.read() as view:
+        assert view.gc_row(key) is not None  # it goes the way of all objects
+
+
+async def test_a_document_does_not_count_for_another_snapshot_of_the_name(bench: Bench) -> None:
+    """Deleted and made again, of another generation, while the first one's was on its way."""
+    await bench.publish(1, 1)
+    await bench.publish(1, 2)
+    bench.remote.unavailable = True
+    first = await bench.snapshots.create("acme", "db", "s", generation=1)
+    await bench.snapshots.delete("acme", "db", "s")
+    second = await bench.snapshots.create("acme", "db", "s", generation=2)
+    bench.remote.unavailable = False
+    await bench.objects.store_snapshot(first)
+    assert not bench.snapshots.get("acme", "db", "s").document_stored
+    assert await bench.upload.run_once()
+    assert bench.snapshots.get("acme", "db", "s").document_stored
+    assert second.document is not None
+    assert second.document.key in bench.remote.objects
 
 
 def test_a_snapshot_document_that_is_not_one() -> None:
