@@ -64,6 +64,10 @@ class SeededRandomness:
         return self._source.getrandbits(count)
 
 
+_DOUBLINGS_MAX = 64
+"""Some try for days: beyond 1,023 doublings a float overflows."""
+
+
 def full_jitter(
     randomness: Randomness, *, attempt: int, base_seconds: float, cap_seconds: float
 ) -> float:
@@ -71,7 +75,8 @@ def full_jitter(
 
     Exponential backoff with full jitter, as in the AWS Architecture Blog's article of that name.
     """
-    return randomness.uniform(0.0, min(cap_seconds, base_seconds * 2.0 ** (attempt - 1)))
+    doublings = min(attempt - 1, _DOUBLINGS_MAX)
+    return randomness.uniform(0.0, min(cap_seconds, base_seconds * 2.0**doublings))
 
 
 def wall_us(clock: Clock) -> int:
