@@ -219,6 +219,14 @@ class IndexBuilder:
         self._offsets: list[int] = []
         self._next_offset = 0
 
+    @classmethod
+    def of(cls, points: IndexArray) -> "IndexBuilder":
+        """As it was when it gave `array()`."""
+        builder = cls()
+        builder._lsns, builder._offsets = points[:, 0].tolist(), points[:, 1].tolist()
+        builder.truncate(offset=builder._offsets[-1] + 1 if builder._offsets else 0)
+        return builder
+
     def add(self, *, first_lsn: int, offset: int) -> None:
         """Only an entry that BEGINS a request or continues one may be given; all are points."""
         if offset >= self._next_offset:

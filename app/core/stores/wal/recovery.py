@@ -17,7 +17,7 @@ from typing import Literal
 
 from app.core.base.errors import StorageFailure
 from app.core.formats.damage import Damage
-from app.core.formats.segment import EngineCode, EntryFlag, SegmentHeader
+from app.core.formats.segment import EngineCode, EntryFlag, IndexBuilder, SegmentHeader
 from app.core.stores.wal.disk import Disk
 from app.core.stores.wal.remembered import SegmentAppend
 from app.core.stores.wal.requests import LastRequest
@@ -224,8 +224,10 @@ class _Recovery:
                     raise Damage("sealed before the segment before it")
                 self._tail = None
                 # The process ended before the row said so; sealing it again says it.
-                self._found.segments.append(_sealed_segment(info, ceiling_lsn=row.ceiling_lsn))
-                self._found.unsealed.append(self._found.segments[-1])
+                sealed = _sealed_segment(info, ceiling_lsn=row.ceiling_lsn)
+                sealed.index = IndexBuilder.of(info.index)  # read by until that was said
+                self._found.segments.append(sealed)
+                self._found.unsealed.append(sealed)
                 return
             tail.look_behind(reader, db_id=self._config.db_id)
         self._tail = tail

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app.core.base.errors import CorruptWal, InvariantViolation
+from app.core.base.errors import CorruptWal, InvariantViolation, ManifestFull
 from app.core.formats.frame_run import (
     FrameFooter,
     kept_frames,
@@ -294,6 +294,27 @@ async def follow(place: Place, steps) -> None:
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return Place(tmp_path / "wal")
+
+
+async def test_a_segment_whose_sealing_the_manifest_refuses_at_a_start_is_read_all_the_same(
+    place: Place,
+) -> None:
+    """Its trailer is durable, its row says open."""
+    model = Model()
+    writer = Writer(model)
+    async with opened(place) as log:
+        await writer.append(log, [([1, 2, 3], 3)])
+        place.catalog.refusals.append(ManifestFull())
+        with pytest.raises(ManifestFull):
+            await log.seal()
+    place.catalog.refusals.append(ManifestFull())
+    async with opened(place) as log:
+        assert log.health == "ok"
+        await check(log, model)
+        await writer.append(log, [([2], 3)])
+        await log.seal()
+        await check(log, model)
+        assert [info.state for info in log.sealed_segments()] == ["sealed", "sealed"]
 
 
 async def test_a_long_log_of_small_requests(place: Place) -> None:
