@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar, TypeVarTuple
 
+from app.core.base.errors import FatalError
+
 S = TypeVar("S")
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -122,7 +124,8 @@ async def both(first: Coroutine[Any, Any, S], second: Coroutine[Any, Any, T]) ->
 
 
 async def uninterrupted(step: Coroutine[Any, Any, T]) -> T:
-    """Runs `step` to its end even when the caller is cancelled; the cancellation is raised then.
+    """Runs `step` to its end even when the caller is cancelled; the cancellation is raised then,
+    unless the step ended in a FatalError, which no cancellation may hide (I16).
 
     For short steps that record what they did on disk: half of one would leave the record wrong.
     """
@@ -133,8 +136,8 @@ async def uninterrupted(step: Coroutine[Any, Any, T]) -> T:
         while not task.done():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # seen here: the cancellation is what the caller is told
+        if not task.cancelled() and isinstance(failure := task.exception(), FatalError):
+            raise failure from None
         raise
 
 

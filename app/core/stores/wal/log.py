@@ -286,16 +286,19 @@ class WalLog:
                     self._sealed_bytes -= segment.info.file_bytes
                     if segment.info.state == "checkpointed":
                         self._published_bytes -= segment.info.file_bytes
-            try:
-                await uninterrupted(self._pool.run(self._writer.remove_blocking, gone))
-            except StorageFailure as failure:
-                self._fail_stop.trip(failure)
-                raise
-            except NotReady:  # gone, if not durably: a later call sees to that
-                self._give_back_room(removed)
-                raise
-            self._give_back_room(removed)
+            await uninterrupted(self._remove_files(gone, removed))
             return gone
+
+    async def _remove_files(self, gone: Sequence[int], removed: Sequence[Segment]) -> None:
+        try:
+            await self._pool.run(self._writer.remove_blocking, gone)
+        except StorageFailure as failure:
+            self._fail_stop.trip(failure)
+            raise
+        except NotReady:  # gone, if not durably: a later call sees to that
+            self._give_back_room(removed)
+            raise
+        self._give_back_room(removed)
 
     def _give_back_room(self, removed: Sequence[Segment]) -> None:
         for segment in removed:
@@ -390,14 +393,22 @@ class WalLog:
                 raise
 
     def _take(self, done: Flushed | Sealed) -> None:
-        match done:
-            case Flushed():
-                self._take_flushed(done)
-                if not done.sealing:
-                    self._end_group(done.group, done.error)
-            case Sealed():
-                self._take_sealed(done)
-                self._end_group(done.group, done.error)
+        error = done.error
+        try:
+            match done:
+                case Flushed():
+                    self._take_flushed(done)
+                case Sealed():
+                    self._take_sealed(done)
+        except Exception as bug:  # noqa: BLE001 - it must leave nobody without an answer
+            error = StorageFailure(f"What was flushed cannot be taken over: {bug!r}")
+            error.__cause__ = bug
+            self._fail_stop.trip(error)
+            for waiting in done.group.appends:
+                self._keyed.end(waiting.request)
+                _fail(waiting.answer, error)
+        if isinstance(done, Sealed) or not done.sealing:
+            self._end_group(done.group, error)
 
     def _take_flushed(self, flushed: Flushed) -> None:
         appends = flushed.group.appends

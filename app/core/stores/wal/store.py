@@ -86,13 +86,10 @@ class WalStore:
         """Its directory is gone. What waits in it fails with DatabaseNotFound. Repeatable."""
         self._loop = asyncio.get_running_loop()
         log = self._logs.pop(db_id, None)
+        gone = DatabaseNotFound("The database was deleted.", db_id=db_id)
         if log is not None:
-            gone = DatabaseNotFound("The database was deleted.", db_id=db_id)
             log.fail_waiting(gone)
-            await uninterrupted(log.aclose(gone))
-        await uninterrupted(self._pool.run(self._drop_blocking, db_id, log))
-        if log is not None:
-            log.forget_room()
+        await uninterrupted(self._drop(db_id, log, gone))
 
     async def aclose(self) -> None:
         """Ends after what is queued is durable."""
@@ -233,6 +230,13 @@ class WalStore:
             self._events.warning("wal.seal_postponed", db_id=db_id, detail=str(seal_error))
 
     # --- ends ---------------------------------------------------------------------------------
+
+    async def _drop(self, db_id: int, log: WalLog | None, gone: DatabaseNotFound) -> None:
+        if log is not None:
+            await log.aclose(gone)
+        await self._pool.run(self._drop_blocking, db_id, log)
+        if log is not None:
+            log.forget_room()
 
     def _drop_blocking(self, db_id: int, log: WalLog | None) -> None:
         if log is not None:

@@ -2,6 +2,7 @@ import asyncio
 
 import pytest
 
+from app.core.base.errors import StorageFailure
 from app.core.base.tasks import uninterrupted
 
 
@@ -41,6 +42,23 @@ async def test_a_cancelled_caller_leaves_only_after_the_step_has_ended(error):
         go.set()
     assert steps == ["begun", "ended"]
     assert caller.cancelled()
+
+
+async def test_a_cancellation_hides_no_fatal_error():
+    go, begun = asyncio.Event(), asyncio.Event()
+
+    async def step() -> None:
+        begun.set()
+        await go.wait()
+        raise StorageFailure("EIO")
+
+    caller = asyncio.ensure_future(uninterrupted(step()))
+    await begun.wait()
+    caller.cancel()
+    await asyncio.sleep(0)
+    go.set()
+    with pytest.raises(StorageFailure):
+        await caller
 
 
 async def test_a_caller_cancelled_at_once_still_runs_the_step():

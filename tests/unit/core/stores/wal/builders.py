@@ -142,6 +142,26 @@ class Place:
         return Place(root=root, catalog=self.catalog.copy())
 
 
+class Hold:
+    """Keeps a writer thread at a failpoint until released."""
+
+    def __init__(self, place: str) -> None:
+        self._place = place
+        self._reached = threading.Event()
+        self._released = threading.Event()
+
+    def __call__(self, name: str) -> None:
+        if name == self._place:
+            self._reached.set()
+            assert self._released.wait(30)
+
+    async def reached(self) -> None:
+        assert await asyncio.to_thread(self._reached.wait, 30)
+
+    def release(self) -> None:
+        self._released.set()
+
+
 def config(
     *,
     db_id: int = DB,

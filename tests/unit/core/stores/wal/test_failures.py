@@ -243,6 +243,20 @@ async def test_a_bug_in_the_catalogue_is_fatal(place: Place) -> None:
     assert len(place.fatal) == 1
 
 
+async def test_a_bug_behind_the_flush_is_fatal_and_leaves_nobody_waiting(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with place.log() as log:
+        await append(log, b"one")
+        monkeypatch.setattr(log, "_charge", lambda _: 1 / 0)
+        answers = await asyncio.wait_for(append_together(log, request(b"two"), request(b"3")), 30)
+        assert [type(answer) for answer in answers] == [StorageFailure] * 2
+        with pytest.raises(StorageFailure):
+            await append(log, b"after")
+        await asyncio.wait_for(log.aclose(), 30)
+    assert len(place.fatal) == 1
+
+
 @pytest.mark.parametrize("write_max", [1, 7, 79, 100])
 async def test_short_writes_are_completed(place: Place, disk: FaultyDisk, write_max: int) -> None:
     disk.write_max = write_max

@@ -2,13 +2,11 @@
 
 import asyncio
 import itertools
-import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 
-from app.core.base import failpoints
 from app.core.base.errors import (
     Backpressure,
     CorruptWal,
@@ -25,6 +23,7 @@ from app.core.stores.wal.log import AppendRequest, MemoryPayload, WalLog
 from app.core.stores.wal.verification import verify_segment_blocking
 from tests.unit.core.stores.wal.builders import (
     DB,
+    Hold,
     Place,
     append,
     append_together,
@@ -45,36 +44,6 @@ def place(tmp_path: Path) -> Place:
 async def log(place: Place) -> AsyncIterator[WalLog]:
     async with place.log() as log:
         yield log
-
-
-class Hold:
-    """Keeps a writer thread at a failpoint until released."""
-
-    def __init__(self, place: str) -> None:
-        self._place = place
-        self._reached = threading.Event()
-        self._released = threading.Event()
-
-    def __call__(self, name: str) -> None:
-        if name == self._place:
-            self._reached.set()
-            assert self._released.wait(30)
-
-    async def reached(self) -> None:
-        assert await asyncio.to_thread(self._reached.wait, 30)
-
-    def release(self) -> None:
-        self._released.set()
-
-
-@pytest.fixture
-def hold_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Hold]:
-    def arm(place: str) -> Hold:
-        hold = Hold(place)
-        monkeypatch.setattr(failpoints, "fp", hold)
-        return hold
-
-    return arm
 
 
 async def test_records_take_lsns_from_one_without_holes(log: WalLog) -> None:

@@ -5,11 +5,19 @@ import contextlib
 import errno
 import random
 from collections import Counter
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from app.core.base.errors import Backpressure, DiskFull, LsnMismatch, QuotaExhausted
+from app.core.base.errors import (
+    Backpressure,
+    DiskFull,
+    LsnMismatch,
+    QuotaExhausted,
+    StorageFailure,
+)
 from app.core.base.events import Events
 from app.core.coordination.checkpoint_demand import CheckpointDemand
 from app.core.coordination.quota import StorageQuota
@@ -18,7 +26,8 @@ from app.core.coordination.wal_room import WalRooms
 from app.core.stores.wal.log import WalLog
 from app.core.stores.wal.store import WalStore
 from tests.helpers.fake_clock import FakeClock
-from tests.unit.core.stores.wal.builders import Place, append, config, request, settled
+from tests.helpers.open_files import open_files_below
+from tests.unit.core.stores.wal.builders import Hold, Place, append, config, request, settled
 from tests.unit.core.stores.wal.disks import FaultyDisk
 
 KIB = 1024
@@ -134,6 +143,64 @@ async def test_a_dropped_log_takes_its_room_along(counted):
     counted.check()
     assert [one.tenant for one in counted.quota.snapshot().tenants] == ["zeta"]
     assert counted.backlog.get(1) is None
+
+
+async def _cancel_at(
+    hold: Hold,
+    step: Coroutine[Any, Any, object],
+    *,
+    told: type[BaseException] = asyncio.CancelledError,
+) -> None:
+    """Whoever waits for the step leaves while the disk is at it."""
+    task = asyncio.ensure_future(step)
+    await hold.reached()
+    task.cancel()
+    await asyncio.sleep(0)
+    hold.release()
+    with pytest.raises(told):
+        await task
+
+
+async def test_the_room_of_a_removed_segment_comes_back_when_nobody_waits_for_it(counted, hold_at):
+    log = await counted.log(1)
+    await append(log, b"x" * 1000)
+    await log.seal()
+    counted.place.catalog.checkpoint(1, 1)
+    log.mark_checkpointed([1])
+    await _cancel_at(hold_at("wal.before_remove"), log.remove([1]))
+    counted.check()
+    assert counted.quota.snapshot().global_used_bytes == 0
+
+
+async def test_a_removal_that_fails_is_fatal_when_nobody_waits_for_it(counted, disk, hold_at):
+    log = await counted.log(1)
+    await append(log, b"x")
+    await log.seal()
+    disk.fail("sync_directory", errno.EIO)
+    await _cancel_at(hold_at("wal.before_remove"), log.remove([1]), told=StorageFailure)
+    with pytest.raises(StorageFailure):
+        await append(log, b"y")
+    assert len(counted.place.fatal) == 1
+
+
+async def test_a_log_whose_dropping_is_given_up_is_dropped_all_the_same(counted, hold_at):
+    log = await counted.log(1)
+    await append(log, b"x" * 1000)
+    hold = hold_at("wal.before_write")
+    late = asyncio.ensure_future(append(log, b"y"))
+    await hold.reached()  # so that dropping waits for it
+    dropping = asyncio.ensure_future(counted.store.drop_log(1))
+    await asyncio.sleep(0)
+    dropping.cancel()
+    await asyncio.sleep(0)
+    hold.release()
+    with pytest.raises(asyncio.CancelledError):
+        await dropping
+    assert (await late).last_lsn == 2
+    assert not (counted.place.root / "1").exists()
+    counted.check()
+    assert counted.backlog.get(1) is None
+    assert open_files_below(counted.place.root) == []
 
 
 class Writers:
