@@ -20,6 +20,9 @@ V = TypeVar("V")
 Handles = Mapping[Table[Any], Any]
 """The opened sub-database of every table."""
 
+EncodedRows = list[tuple[Table[Any], bytes, bytes | None]]
+"""None: the row goes."""
+
 
 class Rows(Protocol):
     def get(self, table: Table[V], key: bytes, /) -> V | None: ...
@@ -104,6 +107,13 @@ class CommittedRows:
 
     def delete_raw(self, table: Table[Any], key: bytes) -> None:
         self._transaction.delete(key, db=self._handles[table])
+
+    def put_all(self, changes: EncodedRows) -> None:
+        for table, key, raw in changes:
+            if raw is None:
+                self.delete_raw(table, key)
+            else:
+                self.put_raw(table, key, raw)
 
     def _scan_raw(
         self, table: Table[Any], prefix: bytes, start: bytes
@@ -216,16 +226,18 @@ class StagedRows:
     def touched(self, table: Table[V]) -> Mapping[bytes, V | None]:
         return self._staged.get(table, {})
 
-    def flush(self) -> bool:
-        """Puts the changes into the transaction; true if there were any."""
-        for table, changes in self._staged.items():
+    def encoded(self) -> EncodedRows:
+        """The changes as they will be stored. A value that cannot be is met here, before any of
+        them is put.
+        """
+        changes: EncodedRows = []
+        for table, staged in self._staged.items():
             encode = table.codec.encode
-            for key, value in changes.items():
-                if value is None:
-                    self._committed.delete_raw(table, key)
-                else:
-                    self._committed.put_raw(table, key, encode(value))
-        return bool(self._staged)
+            changes += [
+                (table, key, None if value is None else encode(value))
+                for key, value in staged.items()
+            ]
+        return changes
 
     def _stage(self, table: Table[Any], key: bytes, value: Any) -> None:
         if not 0 < len(key) <= KEY_BYTES_MAX:

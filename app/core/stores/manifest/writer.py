@@ -197,7 +197,8 @@ class ManifestWriter:
             for waiting in group:
                 rows = StagedRows(committed)
                 try:
-                    outcomes.append(apply_batch(rows, waiting.batch, self._context()))
+                    receipt = apply_batch(rows, waiting.batch, self._context())
+                    changes = rows.encoded()
                 except BopError as refusal:
                     outcomes.append(refusal)
                     continue
@@ -208,7 +209,9 @@ class ManifestWriter:
                     violation.__cause__ = error
                     outcomes.append(violation)
                     continue
-                changed |= rows.flush()
+                outcomes.append(receipt)
+                committed.put_all(changes)
+                changed |= bool(changes)
                 failpoints.fp("manifest.mid_apply")
             if not changed:
                 transaction.abort()

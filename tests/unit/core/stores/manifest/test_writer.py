@@ -10,6 +10,7 @@ import pytest
 from app.core.base.errors import (
     DiskFull,
     FatalError,
+    InvariantViolation,
     ManifestBusy,
     ManifestFull,
     NotReady,
@@ -17,6 +18,7 @@ from app.core.base.errors import (
 )
 from app.core.stores.manifest import ops
 from app.core.stores.manifest.errors import MissingRow, NameTaken
+from app.core.stores.manifest.records import TenantRecord
 from app.core.stores.manifest.store import ManifestStore
 from tests.unit.core.stores.manifest.builders import (
     MIB,
@@ -87,6 +89,25 @@ async def test_a_failing_batch_takes_no_neighbour(store: ManifestStore, hold: Wr
         assert view.chunk_rows(db_id) == []
         assert view.database(db_id).generation == 1
         assert [change.sequence for change in view.change_log()] == [1, 2, 3, 4]
+
+
+async def test_a_value_that_no_row_can_hold_fails_its_batch_alone(
+    store: ManifestStore, hold: WriterHold
+) -> None:
+    outcomes = await together(
+        store,
+        hold,
+        note("a"),
+        batch(
+            ops.PutMeta(name="b", value=b"x"),
+            ops.PutTenant(row=TenantRecord(tenant="acme", limit_bytes=1 << 64)),
+        ),
+        note("c"),
+    )
+    assert [type(one) for one in outcomes] == [ops.Receipt, InvariantViolation, ops.Receipt]
+    with store.read() as view:
+        assert [view.meta(name) for name in "abc"] == [b"x", None, b"x"]
+        assert view.tenants() == []
 
 
 async def test_a_batch_sees_the_group_before_it(store: ManifestStore, hold: WriterHold) -> None:
