@@ -231,7 +231,8 @@ def gauges_of(container: Container, desk: Desk) -> dict[str, Callable[[], float]
         "body_memory_bytes": lambda: desk.memory.used_bytes,
         "event_loop_tasks": lambda: len(asyncio.all_tasks(loop)),
         "service_ready": lambda: desk.readiness().status == "ready",
-        "service_degraded": lambda: len(desk.readiness().degraded),
+        "service_degraded.remote": lambda: "remote" in desk.readiness().degraded,
+        "service_degraded.manifest": lambda: "manifest" in desk.readiness().degraded,
     }
 
 

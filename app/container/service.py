@@ -113,6 +113,20 @@ class RemoteHealth:
                 self._failures += 1
 
 
+class ManifestHealth:
+    """An event sink: a row that could not be decoded stays on the disk until someone acts, and the
+    process is restarted then.
+    """
+
+    def __init__(self) -> None:
+        self.damaged = False
+
+    def __call__(self, name: str, level: Level, fields: Mapping[str, object]) -> None:
+        del level, fields
+        if name == "manifest.row_unreadable":
+            self.damaged = True
+
+
 class Container:
     """What the HTTP edge sees of the service."""
 
@@ -132,11 +146,16 @@ class Container:
         self._stopping = False
         self._failure: str | None = None
         self._remote_health = RemoteHealth()
+        self._manifest_health = ManifestHealth()
         events.subscribe(self._remote_health)
+        events.subscribe(self._manifest_health)
 
     def readiness(self) -> Readiness:
-        """Ready once recovered and the prefix was claimed; a later remote outage only degrades."""
+        """Ready once recovered and the prefix was claimed; a later remote outage only degrades, as
+        does a row of the manifest that cannot be read: all else can.
+        """
         degraded = ["remote"] if self._claim.claimed and self._remote_health.failing else []
+        degraded += ["manifest"] if self._manifest_health.damaged else []
         if self._failure is not None:
             return Readiness(status="failed", reasons=[self._failure], degraded=degraded)
         if self._stopping:

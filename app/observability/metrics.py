@@ -27,6 +27,8 @@ REMOTE_OPS = (
 REMOTE_OUTCOMES = ("ok", "error", "cancelled")
 VERIFICATION_OUTCOMES = ("ok", "repaired", "damaged", "missing")
 READ_MODES = ("normal", "cold")
+PARTS = ("remote", "manifest")
+"""Of the service, that may fail while the rest goes on."""
 
 _FAST_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5)
 _SLOW_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
@@ -87,8 +89,8 @@ class Metrics:
             handler(fields)
 
     def watch(self, gauges: Mapping[str, Callable[[], float]]) -> None:
-        """Gauges, by metric name, that are read at scrape time. Raises KeyError for a name that
-        this page does not know.
+        """Gauges, by metric name (and label, behind a dot), that are read at scrape time. Raises
+        KeyError for a name that this page does not know.
         """
         for name, read in gauges.items():
             self._gauges[name].set_function(read)
@@ -201,9 +203,15 @@ class Metrics:
                 ("body_memory_bytes", "Memory that request bodies hold."),
                 ("event_loop_tasks", "Tasks that have not ended."),
                 ("service_ready", "1 while the service is ready."),
-                ("service_degraded", "Parts that fail while the service goes on."),
             )
         }
+        degraded = Gauge(
+            "service_degraded",
+            "1 for a part that fails while the service goes on.",
+            ("part",),
+            registry=self.registry,
+        )
+        self._gauges |= {f"service_degraded.{part}": degraded.labels(part) for part in PARTS}
         self.unwatch()
 
     def _catalogue_of_stores(self) -> None:

@@ -145,6 +145,40 @@ async def test_a_record_of_a_newer_version_refuses_the_start(
     assert "Start the newer version" in told
 
 
+async def test_a_row_that_cannot_be_decoded_is_told_and_costs_only_what_needs_it(
+    make_server: MakeServer, tmp_path: Path
+):
+    server = make_server("data")
+    extracted(ARCHIVES[-1], tmp_path)
+    await server.start()
+    log_id = (await server.client.get(LOG)).json()["db_id"]
+    await server.terminate()
+    with lmdb.open(str(server.data_dir / "manifest"), max_dbs=64) as environment:
+        chunks = environment.open_db(b"chunk_catalog")
+        with environment.begin(write=True, db=chunks) as transaction, transaction.cursor() as rows:
+            assert rows.set_range(log_id.to_bytes(8, "big"))
+            key = rows.key()
+            transaction.put(key, b"rubbish")
+    await server.start()
+    client = server.client
+    assert (await client.get("/readyz")).json()["degraded"] == []
+    for _ in range(2):
+        refused = await client.get(f"{LOG}/records?from=1")
+        assert (refused.status_code, refused.json()["code"]) == (500, "internal")
+        ready = await client.get("/readyz")
+        assert (ready.status_code, ready.json()["degraded"]) == (200, ["manifest"])
+    gauges = (await client.get("/metrics")).text
+    assert 'service_degraded{part="manifest"} 1.0' in gauges
+    assert 'service_degraded{part="remote"} 0.0' in gauges
+    assert f'"key":"{key.hex()}"' in server.log_path.read_text()
+    assert notes_in((await client.get(f"{APP}/image")).content, tmp_path / "app.db") == notes(150)
+    appended = await client.post(f"{LOG}/records", content=b"more\n", headers=LINES)
+    assert appended.status_code == 201
+    report = (await client.get("/debug/manifest/fsck")).json()
+    where = f"manifest/chunk_catalog/{key.hex()}"
+    assert [(one["invariant"], one["where"]) for one in report["findings"]] == [("I10", where)]
+
+
 async def test_the_backup_made_before_migrating_can_be_put_back(
     make_server: MakeServer, tmp_path: Path
 ):

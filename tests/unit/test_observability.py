@@ -224,8 +224,10 @@ def test_tenants_are_never_labels():
 
 def test_gauges_are_watched_and_let_go():
     metrics = Metrics()
-    metrics.watch({"wal_bytes": lambda: 7.0})
+    metrics.watch({"wal_bytes": lambda: 7.0, "service_degraded.manifest": lambda: True})
     assert sample(metrics, "wal_bytes") == 7.0
+    assert sample(metrics, "service_degraded", part="manifest") == 1
+    assert sample(metrics, "service_degraded", part="remote") == 0
     metrics.unwatch()
     assert sample(metrics, "wal_bytes") == 0.0
     with pytest.raises(KeyError):

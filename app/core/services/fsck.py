@@ -14,8 +14,8 @@ from app.core.base.errors import BopError, InvariantViolation
 from app.core.base.tasks import BlockingPool, for_each
 from app.core.checkpoint.generation_document import build_document, decode_document
 from app.core.coordination.quota import StorageQuota
-from app.core.formats.damage import Damage
 from app.core.services.fsck_collection import check_retired, index_differences
+from app.core.services.fsck_wal import WalCheck
 from app.core.stores.local.scratch import ScratchStore
 from app.core.stores.manifest.lineage import is_valid_at
 from app.core.stores.manifest.records import (
@@ -36,13 +36,6 @@ from app.core.stores.manifest.replay import Catalogue, replay
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.manifest.view import ManifestView
 from app.core.stores.remote.protocol import BlobMissing, RemoteStore
-from app.core.stores.wal.disk import SystemDisk
-from app.core.stores.wal.unregistered import (
-    known_lsn,
-    newer_than_rows_blocking,
-    segment_ids_blocking,
-)
-from app.core.stores.wal.verification import verify_segment_blocking
 
 HEADS_AT_ONCE = 8
 
@@ -127,6 +120,10 @@ class Fsck:
     async def run(self) -> FsckReport:
         """Raises RemoteUnavailable when the store cannot be asked: unknown is not clean."""
         notes = _Notes()
+        for where, detail in await self._manifest.read_in_thread(ManifestView.unreadable_rows):
+            notes.add("I10", where, detail)
+        if notes.findings:  # without those rows nothing else can be told
+            return FsckReport(findings=tuple(notes.findings), checked=notes.checked)
         seen = await self._manifest.read_in_thread(_load)
         _check_catalogue(seen, notes)
         _check_jobs(seen, notes)
@@ -134,7 +131,8 @@ class Fsck:
         await self._check_blobs(seen, notes)
         await self._check_documents(seen, notes)
         await self._check_snapshots(seen, notes)
-        await self._check_wal(seen, notes)
+        wal = WalCheck(self._manifest, self._wal_root, pool=self._pool)
+        await wal.run(seen.segments, seen.databases, add=notes.add, count=notes.count)
         await self._check_scratch(seen, notes)
         await self._check_quota(notes)
         return FsckReport(findings=tuple(notes.findings), checked=notes.checked)
@@ -212,53 +210,6 @@ class Fsck:
     def _pins(self, snapshot: SnapshotRecord) -> bool:
         with self._manifest.read() as view:
             return view.snapshot(snapshot.db_id, snapshot.name) == snapshot
-
-    async def _check_wal(self, seen: _Manifest, notes: _Notes) -> None:
-        """Sealed segments byte for byte; open ones are recovery's to judge."""
-        for row in seen.segments:
-            path = self._wal_root / str(row.db_id) / f"{row.segment_id:016d}.wal"
-            where = f"wal/{row.db_id}/{row.segment_id}"
-            if row.state in {"checkpointed", "dropped"} or not await self._still(row):
-                continue
-            if not path.exists():
-                if await self._still(row):
-                    notes.add("I4", where, "WAL that no generation covers is missing")
-                continue
-            notes.count("wal_segments")
-            if row.state == "sealed":
-                try:
-                    await self._pool.run(verify_segment_blocking, path)
-                except FileNotFoundError:
-                    continue
-                except Damage as damage:
-                    notes.add("I1", where, str(damage))
-
-        for database in seen.databases:
-            if (newer := await self._newer_than_rows(database.db_id)) is not None:
-                where = f"wal/{database.db_id}/{newer}"
-                notes.add("I1", where, "acknowledged after this manifest, an older one, was made")
-
-    async def _newer_than_rows(self, db_id: int) -> int | None:
-        """The files first: by the time their rows are read, each acknowledged one has its row."""
-        disk, directory = SystemDisk(), self._wal_root / str(db_id)
-        files = await self._pool.run(segment_ids_blocking, disk, directory)
-        with self._manifest.read() as view:
-            database, rows = view.database(db_id), view.segments(db_id)
-        if database is None or files <= {row.segment_id for row in rows}:
-            return None
-        return await self._pool.run(
-            lambda: newer_than_rows_blocking(
-                disk,
-                directory,
-                db_id=db_id,
-                segment_ids=files - {row.segment_id for row in rows},
-                known_lsn=known_lsn(database.floor_lsn, rows),
-            )
-        )
-
-    async def _still(self, row: WalSegmentRecord) -> bool:
-        with self._manifest.read() as view:
-            return row in view.segments(row.db_id)
 
     async def _check_scratch(self, seen: _Manifest, notes: _Notes) -> None:
         del seen

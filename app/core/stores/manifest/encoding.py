@@ -22,6 +22,9 @@ _FIXARRAY_FIRST, _FIXARRAY_LAST, _ARRAY16 = 0x90, 0x9F, 0xDC
 Upgrader = Callable[[list[Any]], list[Any]]
 """Takes a record's fields as version v wrote them and gives them as version v + 1 means them."""
 
+# ValueError: bytes that are no UTF-8; RecursionError: nested without end.
+_NOT_OURS = (msgspec.MsgspecError, IndexError, ValueError, RecursionError)
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode_untyped = msgspec.msgpack.Decoder().decode
 
@@ -57,7 +60,7 @@ class RecordCodec(Generic[R]):
             if peek_version(raw) == self._version:
                 return self._decoder.decode(raw)
             return self._decode_other(raw)
-        except (msgspec.MsgspecError, IndexError, ValueError) as error:  # bytes that are no UTF-8
+        except _NOT_OURS as error:
             raise CorruptRow(f"A {self._kind.__name__} does not decode: {error}.") from error
 
     def _decode_other(self, raw: bytes) -> R:
@@ -117,8 +120,8 @@ class AppendsCodec(Generic[V]):
     def decode(self, raw: bytes) -> V:
         try:
             version = peek_version(raw)
-            if version is None or version > SCHEMA_VERSION:
+            if version is not None and version > SCHEMA_VERSION:
                 raise FormatFromFuture("Remembered appends of a newer version.")
             return self._decoder.decode(raw)[1]
-        except (msgspec.MsgspecError, IndexError, ValueError) as error:
+        except _NOT_OURS as error:
             raise CorruptRow(f"Remembered appends do not decode: {error}.") from error

@@ -3,7 +3,7 @@
 A refusal takes only its own batch; nothing of that batch was written.
 """
 
-from app.core.base.errors import Conflict, InternalError, ManifestBusy
+from app.core.base.errors import Conflict, FormatFromFuture, InternalError, ManifestBusy
 
 
 class BatchRefused(Conflict):
@@ -96,7 +96,7 @@ class ViewExpired(ManifestBusy):
 
 
 class CorruptRow(InternalError):
-    """Bytes that no version of this record wrote."""
+    """Bytes that no version of this record wrote. Fields: `table`, `key` (hexadecimal)."""
 
     title = "A manifest row cannot be decoded"
     hint = "Restore the newest backup of the manifest, or run `bop-checkpoint recover`."
@@ -105,3 +105,7 @@ class CorruptRow(InternalError):
 class FormatTooOld(InternalError):
     title = "Written by a version that is too old to be read"
     hint = "Start the versions in between first, one after the other."
+
+
+UNREADABLE = (CorruptRow, FormatTooOld, FormatFromFuture)
+"""What a row is met with that cannot be decoded; each is told as `manifest.row_unreadable`."""

@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeVar, cast
 
 import lmdb
 
-from app.core.base.errors import InvariantViolation
-from app.core.stores.manifest.errors import ViewExpired
+from app.core.base.errors import BopError, InvariantViolation
+from app.core.stores.manifest.errors import UNREADABLE, ViewExpired
 from app.core.stores.manifest.tables import KEY_BYTES_MAX, Table
 
 V = TypeVar("V")
@@ -57,7 +57,12 @@ class CommittedRows:
 
     def get(self, table: Table[V], key: bytes) -> V | None:
         raw = cast("bytes | None", self._transaction.get(key, db=self._handles[table]))
-        return None if raw is None else table.codec.decode(raw)
+        if raw is None:
+            return None
+        try:
+            return table.codec.decode(raw)
+        except UNREADABLE as error:
+            raise _placed(error, table, key) from error.__cause__
 
     def scan(
         self, table: Table[V], prefix: bytes = b"", *, start: bytes = b""
@@ -65,7 +70,11 @@ class CommittedRows:
         """Rows whose key begins with `prefix`, ascending, from `start` on."""
         decode = table.codec.decode
         for key, raw in self._scan_raw(table, prefix, start):
-            yield key, decode(raw)
+            try:
+                row = decode(raw)
+            except UNREADABLE as error:
+                raise _placed(error, table, key) from error.__cause__
+            yield key, row
 
     def scan_keys(
         self, table: Table[Any], prefix: bytes = b"", *, start: bytes = b""
@@ -88,8 +97,20 @@ class CommittedRows:
                 key, raw = cast("tuple[bytes, bytes]", cursor.item())
                 if not key.startswith(prefix):
                     return
-                yield key, decode(raw)
+                try:
+                    row = decode(raw)
+                except UNREADABLE as error:
+                    raise _placed(error, table, key) from error.__cause__
+                yield key, row
                 found = cursor.prev()
+
+    def unreadable(self, table: Table[Any]) -> Iterator[BopError]:
+        """Why rows of the table cannot be decoded, of each that cannot."""
+        for key, raw in self._scan_raw(table, b"", b""):
+            try:
+                table.codec.decode(raw)
+            except UNREADABLE as error:
+                yield _placed(error, table, key)
 
     def newest_key(self, table: Table[Any]) -> bytes | None:
         with self._transaction.cursor(db=self._handles[table]) as cursor:
@@ -298,3 +319,8 @@ def _successor(prefix: bytes) -> bytes | None:
     if not stripped:
         return None
     return stripped[:-1] + bytes([stripped[-1] + 1])
+
+
+def _placed(error: BopError, table: Table[Any], key: bytes) -> BopError:
+    error.fields.update(table=table.name, key=key.hex())
+    return error

@@ -10,6 +10,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from app.core.stores.manifest.admin_records import ApprovalRecord, AuditRecord
 from app.core.stores.manifest.encoding import AppendsCodec, BytesCodec, Codec, RecordCodec
+from app.core.stores.manifest.errors import CorruptRow
 from app.core.stores.manifest.records import (
     ChangeRecord,
     ChunkDeltaRecord,
@@ -162,6 +163,9 @@ def number_key(number: int) -> bytes:
 
 
 def number_of(raw: bytes) -> int:
+    """Raises CorruptRow."""
+    if len(raw) != 8:
+        raise CorruptRow(f"{len(raw)} bytes are no number.")
     value: int = _unpack_u64(raw)[0]
     return value
 

@@ -461,6 +461,15 @@ class ManifestView:
         """By name."""
         return self._all(CHANGE_CURSORS, cursor_prefix(principal))
 
+    def unreadable_rows(self, *, limit: int = 100) -> list[tuple[str, str]]:
+        """Rows that cannot be decoded (table and key), and why: for fsck."""
+        with self._access as rows:
+            found = (error for table in TABLES for error in rows.unreadable(table))
+            return [
+                (f"manifest/{error.fields['table']}/{error.fields['key']}", error.detail)
+                for error in islice(found, limit)
+            ]
+
     def catalogue(self) -> dict[str, dict[bytes, Any]]:
         """All of the catalogue's tables, as `replay` gives them: for fsck."""
         with self._access as rows:

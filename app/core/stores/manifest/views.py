@@ -13,10 +13,10 @@ from types import TracebackType
 import lmdb
 
 from app.core.base.clock import Clock
-from app.core.base.errors import InvariantViolation, ManifestBusy, StorageFailure
+from app.core.base.errors import BopError, InvariantViolation, ManifestBusy, StorageFailure
 from app.core.base.events import Events
 from app.core.stores.manifest.environment import ManifestEnvironment
-from app.core.stores.manifest.errors import ViewExpired
+from app.core.stores.manifest.errors import UNREADABLE, ViewExpired
 from app.core.stores.manifest.rows import CommittedRows
 from app.core.stores.manifest.view import ManifestView
 
@@ -30,11 +30,13 @@ class ReadAccess:
         *,
         opened_at: float,
         on_failure: Callable[[StorageFailure], None],
+        events: Events,
     ) -> None:
         self.opened_at = opened_at
         self._ended = False
         self._rows = rows
         self._on_failure = on_failure
+        self._events = events
         self._lock = threading.Lock()
 
     def __enter__(self) -> CommittedRows:
@@ -58,6 +60,8 @@ class ReadAccess:
                 self._end()
         finally:
             self._lock.release()
+        if isinstance(exc, UNREADABLE):
+            tell_unreadable(self._events, exc)
         if isinstance(exc, lmdb.Error):
             failure = StorageFailure(f"Reading the manifest failed: {exc}")
             self._on_failure(failure)
@@ -117,6 +121,7 @@ class OpenViews:
             CommittedRows(self._begin(), self._environment.handles),
             opened_at=self._clock.monotonic(),
             on_failure=self._on_failure,
+            events=self._events,
         )
         with self._lock:
             self._open.add(access)
@@ -169,3 +174,7 @@ class OpenViews:
             failure = StorageFailure(f"The manifest cannot be read: {error}")
             self._on_failure(failure)
             raise failure from error
+
+
+def tell_unreadable(events: Events, error: BopError) -> None:
+    events.error("manifest.row_unreadable", detail=error.detail, **error.fields)

@@ -40,9 +40,11 @@ from app.core.base.errors import (
 from app.core.base.events import Events
 from app.core.stores.manifest.context import BatchContext
 from app.core.stores.manifest.environment import ManifestEnvironment, storage_error
+from app.core.stores.manifest.errors import UNREADABLE
 from app.core.stores.manifest.ops import ManifestBatch, Receipt
 from app.core.stores.manifest.rows import CommittedRows, StagedRows
 from app.core.stores.manifest.transaction import apply_batch
+from app.core.stores.manifest.views import tell_unreadable
 
 GROUP_BATCHES_MAX = 512
 GROUP_OPS_MAX = 16_384
@@ -200,6 +202,8 @@ class ManifestWriter:
                     receipt = apply_batch(rows, waiting.batch, self._context())
                     changes = rows.encoded()
                 except BopError as refusal:
+                    if isinstance(refusal, UNREADABLE):
+                        tell_unreadable(self._events, refusal)
                     outcomes.append(refusal)
                     continue
                 except (lmdb.Error, OSError):

@@ -9,7 +9,7 @@ from app.core.base.errors import FormatFromFuture
 from app.core.stores.manifest.encoding import AppendsCodec, RecordCodec
 from app.core.stores.manifest.errors import CorruptRow, FormatTooOld
 from app.core.stores.manifest.records import Record, RememberedAppend
-from app.core.stores.manifest.tables import JOBS
+from app.core.stores.manifest.tables import JOBS, number_key, number_of
 from tests.unit.core.stores.manifest.builders import job
 
 
@@ -78,6 +78,7 @@ def test_a_version_before_those_is_refused() -> None:
         msgspec.msgpack.encode(["3", "x", 1]),
         msgspec.msgpack.encode([3, 5, 5]),
         b"\x93\x03\xa1\xff\x01",
+        b"\x91" * 100_000,
     ],
 )
 def test_bytes_that_no_version_wrote(raw: bytes) -> None:
@@ -101,5 +102,12 @@ def test_remembered_appends_have_a_version_too() -> None:
         codec.decode(msgspec.msgpack.encode((2, ())))
     with pytest.raises(CorruptRow):
         codec.decode(msgspec.msgpack.encode((1, 5)))
+    for raw in (b"", b"rubbish", msgspec.msgpack.encode({"a": 1})):
+        with pytest.raises(CorruptRow):
+            codec.decode(raw)
+
+
+def test_a_number_that_is_none() -> None:
+    assert number_of(number_key(7)) == 7
     with pytest.raises(CorruptRow):
-        codec.decode(b"")
+        number_of(b"\x07")

@@ -2,15 +2,24 @@
 
 import asyncio
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from app.core.base.errors import FormatFromFuture, InvariantViolation, ManifestBusy, ManifestFull
+from app.core.base.errors import (
+    BopError,
+    FormatFromFuture,
+    InvariantViolation,
+    ManifestBusy,
+    ManifestFull,
+)
+from app.core.base.events import Events, Level
 from app.core.stores.manifest import ops
 from app.core.stores.manifest.errors import CorruptRow, ViewExpired
+from app.core.stores.manifest.records import TenantRecord
 from app.core.stores.manifest.store import ManifestStore
-from app.core.stores.manifest.tables import SCHEMA, TENANTS
+from app.core.stores.manifest.tables import DATABASES, SCHEMA, TENANTS, number_key
 from app.core.stores.manifest.view import ManifestView
 from tests.unit.core.stores.manifest.builders import (
     MIB,
@@ -132,14 +141,51 @@ async def test_stats(store: ManifestStore) -> None:
 @pytest.mark.parametrize(
     ("raw", "kind"), [(b"\x91\x7f", FormatFromFuture), (b"rubbish", CorruptRow)]
 )
-async def test_rows_that_cannot_be_read(
-    store: ManifestStore, raw: bytes, kind: type[Exception]
+async def test_rows_that_cannot_be_read_are_told_with_their_place(
+    tmp_path: Path, raw: bytes, kind: type[BopError]
 ) -> None:
+    told: list[tuple[object, object]] = []
+
+    def sink(name: str, _: Level, fields: Mapping[str, object]) -> None:
+        if name == "manifest.row_unreadable":
+            told.append((fields["table"], fields["key"]))
+
+    events = Events(sink)
+    store = await open_store(tmp_path / "manifest", events=events)
+    await store.commit(batch(ops.PutTenant(row=TenantRecord(tenant="zeta"))))
     transaction = store._environment.begin(write=True)
-    transaction.put(b"acme", raw, db=store._environment.handles[TENANTS])
+    for key in (b"acme", b"beta"):
+        transaction.put(key, raw, db=store._environment.handles[TENANTS])
     transaction.commit()
-    with store.read() as view, pytest.raises(kind):
-        view.tenant("acme")
+    with store.read() as view:
+        for look in (lambda: view.tenant("acme"), view.tenants):
+            with pytest.raises(kind) as caught:
+                look()
+            assert caught.value.fields.items() >= {"table": "tenants", "key": "61636d65"}.items()
+        assert view.tenant("zeta") is not None
+        found = view.unreadable_rows()
+        keys = ["61636d65", "62657461"]
+        assert [where for where, _ in found] == [f"manifest/tenants/{key}" for key in keys]
+        assert view.unreadable_rows(limit=1) == found[:1]
+    assert told == [("tenants", "61636d65")] * 2
+    await store.aclose()
+
+
+async def test_a_batch_that_meets_a_row_that_cannot_be_read_is_refused_and_told(
+    tmp_path: Path,
+) -> None:
+    told: list[tuple[str, object]] = []
+    events = Events(lambda name, _, fields: told.append((name, fields.get("table"))))
+    store = await open_store(tmp_path / "manifest", events=events)
+    db_id = await create_database(store)
+    transaction = store._environment.begin(write=True)
+    transaction.put(number_key(db_id), b"rubbish", db=store._environment.handles[DATABASES])
+    transaction.commit()
+    with pytest.raises(CorruptRow):
+        await store.commit(batch(ops.SetHealth(db_id=db_id, health="ok")))
+    assert ("manifest.row_unreadable", "databases") in told
+    await create_database(store, name="other")
+    await store.aclose()
 
 
 async def test_views_end_with_the_store(tmp_path: Path) -> None:
