@@ -7,7 +7,7 @@ import typer
 from app.cli.databases import DatabaseArgument, LimitOption
 from app.cli.jobs import JobArgument
 from app.cli.screen import Column
-from app.cli.session import Session, parse_name, session_of
+from app.cli.session import Session, parse_id, parse_name, session_of
 from app.cli.units import bytes_text, time_text
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ approvals = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Acts that wait for a second person."
 )
 
-ApprovalArgument = Annotated[str, typer.Argument(metavar="APPROVAL", show_default=False)]
+ApprovalArgument = Annotated[
+    str, typer.Argument(metavar="APPROVAL", show_default=False, callback=parse_id)
+]
 
 
 def release_lease(

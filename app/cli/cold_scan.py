@@ -7,7 +7,7 @@ import typer
 
 from app.cli.databases import DatabaseArgument
 from app.cli.failures import Failure, wrong_usage
-from app.cli.session import parse_name, session_of
+from app.cli.session import parse_name, parse_plain_name, session_of
 from app.cli.units import bytes_text
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ def cold_scan(
     name: DatabaseArgument,
     output: Annotated[Path, typer.Option("-o", "--to", help="The file to make.")],
     generation: Annotated[int | None, typer.Option(min=1)] = None,
-    snapshot: Annotated[str | None, typer.Option(help="By its name.")] = None,
+    snapshot: Annotated[
+        str | None, typer.Option(help="By its name.", callback=parse_plain_name)
+    ] = None,
     frames: Annotated[
         bool, typer.Option("--frames", help="Keep the stream as it comes, checked.")
     ] = False,

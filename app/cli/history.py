@@ -7,7 +7,7 @@ import typer
 from app.cli.databases import DatabaseArgument, LimitOption, show_database
 from app.cli.failures import wrong_usage
 from app.cli.screen import Column
-from app.cli.session import parse_name, session_of
+from app.cli.session import parse_name, parse_plain_name, session_of
 from app.cli.units import bytes_text, count_text, lsns_text, time_text
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ snapshots = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Pin generations under a name."
 )
 
-SnapshotArgument = Annotated[str, typer.Argument(metavar="NAME")]
+SnapshotArgument = Annotated[str, typer.Argument(metavar="NAME", callback=parse_plain_name)]
 GenerationOption = Annotated[
     int | None, typer.Option(min=1, help="By default the newest published one.")
 ]
@@ -98,10 +98,18 @@ def delete_snapshot(
 def fork(
     context: typer.Context,
     name: DatabaseArgument,
-    new: Annotated[str, typer.Argument(metavar="NEW", help="The new database's name.")],
-    tenant: Annotated[str | None, typer.Option(help="Of the new one; else the same.")] = None,
+    new: Annotated[
+        str,
+        typer.Argument(metavar="NEW", help="The new database's name.", callback=parse_plain_name),
+    ],
+    tenant: Annotated[
+        str | None,
+        typer.Option(help="Of the new one; else the same.", callback=parse_plain_name),
+    ] = None,
     generation: GenerationOption = None,
-    snapshot: Annotated[str | None, typer.Option(help="By its name.")] = None,
+    snapshot: Annotated[
+        str | None, typer.Option(help="By its name.", callback=parse_plain_name)
+    ] = None,
 ) -> None:
     """Make a new database from a generation, without copying it; both go on by themselves."""
     session = session_of(context)

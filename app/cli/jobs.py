@@ -4,14 +4,14 @@ import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from app.cli.databases import DatabaseArgument, LimitOption
 from app.cli.failures import FAILED
 from app.cli.screen import Column, Screen
-from app.cli.session import parse_name, session_of
+from app.cli.session import parse_id, parse_name, parse_plain_name, session_of
 from app.cli.units import bytes_text, lsns_text, seconds_text, time_text
 
 if TYPE_CHECKING:
@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at jobs, wait for them, cancel them."
 )
+
+
+Kind = Literal[
+    "create_checkpoint",
+    "truncate_append_only",
+    "verify_manifest",
+    "download_checkpoint",
+    "prune_checkpoint",
+    "coalesce_chunks",
+]
 
 
 class State(StrEnum):
@@ -33,7 +43,7 @@ class State(StrEnum):
     cancelled = "cancelled"
 
 
-JobArgument = Annotated[str, typer.Argument(metavar="JOB")]
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", callback=parse_id)]
 
 
 def checkpoint(
@@ -65,12 +75,17 @@ def checkpoint(
 @app.command("list")
 def list_jobs(
     context: typer.Context,
-    tenant: Annotated[str | None, typer.Option(help="Only this tenant's.")] = None,
-    database: Annotated[str | None, typer.Option(help="Only those of databases so named.")] = None,
+    tenant: Annotated[
+        str | None, typer.Option(help="Only this tenant's.", callback=parse_plain_name)
+    ] = None,
+    database: Annotated[
+        str | None,
+        typer.Option(help="Only those of databases so named.", callback=parse_plain_name),
+    ] = None,
     state: Annotated[
         list[State] | None, typer.Option(help="Only those in this state; may be repeated.")
     ] = None,
-    kind: Annotated[str | None, typer.Option(help="Only of this kind.")] = None,
+    kind: Annotated[Kind | None, typer.Option(help="Only of this kind.")] = None,
     limit: LimitOption = 100,
 ) -> None:
     """List jobs, newest first."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from app.cli.screen import Column, Screen
-from app.cli.session import session_of
+from app.cli.session import parse_plain_name, session_of
 from app.cli.units import bytes_text, parse_bytes
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ SWITCHES = (
 )
 _WORDS = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
 
-TenantArgument = Annotated[str, typer.Argument(metavar="TENANT")]
+TenantArgument = Annotated[str, typer.Argument(metavar="TENANT", callback=parse_plain_name)]
 LimitOption = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Bytes, or as in 10GiB; 'none' lifts the limit.")
 ]
@@ -82,7 +82,10 @@ def parse_flag(text: str) -> tuple[str, bool | int | None]:
 def show_quota(
     context: typer.Context,
     tenant: Annotated[
-        str | None, typer.Argument(metavar="[TENANT]", help="Only this tenant's limits.")
+        str | None,
+        typer.Argument(
+            metavar="[TENANT]", help="Only this tenant's limits.", callback=parse_plain_name
+        ),
     ] = None,
 ) -> None:
     """Show limits and use: in all, by tenant, by job; or what is set for a tenant."""
@@ -98,7 +101,10 @@ def show_quota(
 def set_quota(
     context: typer.Context,
     tenant: Annotated[
-        str | None, typer.Argument(metavar="[TENANT]", help="Without one, the limit of all.")
+        str | None,
+        typer.Argument(
+            metavar="[TENANT]", help="Without one, the limit of all.", callback=parse_plain_name
+        ),
     ] = None,
     limit: LimitOption = None,
     job_limit: LimitOption = None,

@@ -195,7 +195,7 @@ def wants_json(arguments: Sequence[str]) -> bool:
 def _usage_failure(error: typer.TyperException) -> Failure:
     context = getattr(error, "ctx", None)
     hint = f"See '{context.command_path} --help'." if context is not None else ""
-    return wrong_usage(error.format_message(), hint=hint)
+    return wrong_usage(error.format_message().replace("Value error, ", "", 1), hint=hint)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import typer
 
 from app.cli.databases import DatabaseArgument
 from app.cli.failures import Failure, wrong_usage
-from app.cli.session import parse_name, session_of
+from app.cli.session import parse_name, parse_plain_name, session_of
 from app.cli.units import bytes_text
 
 if TYPE_CHECKING:
@@ -20,8 +20,10 @@ def restore(
     context: typer.Context,
     name: DatabaseArgument,
     output: Annotated[Path, typer.Option("-o", "--to", help="The file to make.")],
-    generation: Annotated[int | None, typer.Option(min=0)] = None,
-    snapshot: Annotated[str | None, typer.Option(help="By its name.")] = None,
+    generation: Annotated[int | None, typer.Option(min=1)] = None,
+    snapshot: Annotated[
+        str | None, typer.Option(help="By its name.", callback=parse_plain_name)
+    ] = None,
     at: Annotated[
         str | None,
         typer.Option(metavar="TIMESTAMP", help="RFC 3339; the newest generation by then."),

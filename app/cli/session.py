@@ -114,3 +114,19 @@ def parse_tenant(text: str) -> str:
     if not is_name(text):
         raise typer.BadParameter(f"{text!r} is no tenant; names are a-z, 0-9, '.', '_' and '-'.")
     return text
+
+
+def parse_plain_name(text: str | None) -> str | None:
+    """Of a snapshot, a tenant or a database, as a callback of its parameter."""
+    if text is not None and not is_name(text):
+        raise typer.BadParameter(
+            f"{text!r} is no name; names are a-z, 0-9, '.', '_' and '-', 63 at most."
+        )
+    return text
+
+
+def parse_id(text: str) -> str:
+    """Of a job or an approval, as a callback of its parameter."""
+    if not (text.isascii() and text.isalnum()):
+        raise typer.BadParameter(f"{text!r} is no id; ids are letters and digits.")
+    return text

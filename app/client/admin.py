@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from datetime import datetime
 from typing import Any
 
-from app.client.calls import Calls, decoded
+from app.client.calls import Calls, decoded, path_of
 from app.client.wire import Answer
 
 BACKUP_SECONDS_MAX = 3600.0
@@ -89,8 +89,8 @@ class Admin:
 
     async def explain_job(self, job_id: str) -> dict[str, Any]:
         """What it waits for, and who has that."""
-        return await self._calls.get(f"/debug/jobs/{job_id}/explain", dict[str, Any])
+        return await self._calls.get(path_of("debug", "jobs", job_id, "explain"), dict[str, Any])
 
     async def _decide(self, approval_id: str, step: str) -> Approval:
-        response = await self._calls.send("POST", f"/admin/approvals/{approval_id}/{step}")
+        response = await self._calls.send("POST", path_of("admin", "approvals", approval_id, step))
         return decoded(response, Approval)

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -289,6 +290,16 @@ class Calls:
 
 def _given(params: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (params or {}).items() if value is not None}
+
+
+def path_of(*segments: str) -> str:
+    """The path of these segments, each of them one segment whatever it holds. Raises ValueError for
+    what no quoting makes one: on the way, `..` would become another path than was asked for.
+    """
+    for one in segments:
+        if one in {"", ".", ".."}:
+            raise ValueError(f"{one!r} names nothing in a path")
+    return "".join(f"/{quote(one, safe='')}" for one in segments)
 
 
 def is_idempotent(method: str, key: str | None) -> bool:

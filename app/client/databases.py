@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator
 
-from app.client.calls import Calls, decoded
+from app.client.calls import Calls, decoded, path_of
 from app.client.wire import Codec, Database, Durability, Engine, Generation
 
 
@@ -39,7 +39,9 @@ class Databases:
 
     def list(self, tenant: str, *, limit: int | None = None) -> AsyncGenerator[Database, None]:
         """By name."""
-        return self._calls.pages(f"/tenants/{tenant}/databases", Database, params={}, limit=limit)
+        return self._calls.pages(
+            path_of("tenants", tenant, "databases"), Database, params={}, limit=limit
+        )
 
     def generations(
         self, tenant: str, database: str, *, limit: int | None = None
@@ -70,4 +72,4 @@ class Databases:
 
 
 def database_path(tenant: str, database: str) -> str:
-    return f"/tenants/{tenant}/databases/{database}"
+    return path_of("tenants", tenant, "databases", database)

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Mapping
 
-from app.client.calls import Calls, decoded
+from app.client.calls import Calls, decoded, path_of
 from app.client.databases import database_path
 from app.client.wire import Database, Generation, Snapshot
 
@@ -41,7 +41,7 @@ class History:
         return decoded(response, Snapshot)
 
     async def snapshot(self, tenant: str, database: str, name: str) -> Snapshot:
-        path = f"{database_path(tenant, database)}/snapshots/{name}"
+        path = f"{database_path(tenant, database)}/snapshots{path_of(name)}"
         return await self._calls.get(path, Snapshot)
 
     def snapshots(
@@ -52,7 +52,9 @@ class History:
         return self._calls.pages(path, Snapshot, params={}, limit=limit)
 
     async def delete_snapshot(self, tenant: str, database: str, name: str) -> None:
-        await self._calls.send("DELETE", f"{database_path(tenant, database)}/snapshots/{name}")
+        await self._calls.send(
+            "DELETE", f"{database_path(tenant, database)}/snapshots{path_of(name)}"
+        )
 
     async def fork(
         self,

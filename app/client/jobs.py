@@ -6,7 +6,7 @@ from contextlib import aclosing
 import httpx
 import msgspec
 
-from app.client.calls import Calls, decoded
+from app.client.calls import Calls, decoded, path_of
 from app.client.failures import UnexpectedAnswer
 from app.client.wire import Job, JobState
 
@@ -39,7 +39,9 @@ class Jobs:
 
     async def get(self, job_id: str, *, wait_seconds: float = 0.0) -> Job:
         """As it is now; with `wait_seconds` (60 at most) when it has ended or the time is over."""
-        return await self._calls.get(f"{self.root}/{job_id}", Job, wait_seconds=wait_seconds)
+        return await self._calls.get(
+            f"{self.root}{path_of(job_id)}", Job, wait_seconds=wait_seconds
+        )
 
     async def wait(self, job_id: str) -> Job:
         """Returns the job once it has ended, however that was. Bound it by `asyncio.timeout`."""
@@ -51,7 +53,9 @@ class Jobs:
     async def cancel(self, job_id: str) -> Job:
         """Asks the job to end. Raises ProblemError, with `job_already_ended`."""
         response = await self._calls.send(
-            "POST", f"{self.cancel_root or self.root}/{job_id}/cancel", key=self._calls.new_key()
+            "POST",
+            f"{self.cancel_root or self.root}{path_of(job_id)}/cancel",
+            key=self._calls.new_key(),
         )
         return decoded(response, Job)
 
@@ -86,7 +90,7 @@ class Checkpoints(Jobs):
         """The job at each event of its stream, which may end early: see `watch`."""
         async with (
             self._calls.stream(
-                f"{self.root}/{job_id}/events", headers={"Accept": "text/event-stream"}
+                f"{self.root}{path_of(job_id)}/events", headers={"Accept": "text/event-stream"}
             ) as response,
             aclosing(event_data(response.aiter_lines())) as events,
         ):

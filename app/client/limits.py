@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from app.client.calls import Calls, decoded
+from app.client.calls import Calls, decoded, path_of
 from app.client.wire import Answer
 
 
@@ -65,7 +65,7 @@ class Limits:
         return decoded(response, GlobalLimit)
 
     async def tenant(self, tenant: str) -> TenantLimits:
-        return await self._calls.get(f"/admin/tenants/{tenant}/quota", TenantLimits)
+        return await self._calls.get(path_of("admin", "tenants", tenant, "quota"), TenantLimits)
 
     async def set_tenant(
         self, tenant: str, *, limit_bytes: int | None, job_limit_bytes: int | None
@@ -73,17 +73,17 @@ class Limits:
         """Replaces both."""
         response = await self._calls.send(
             "PUT",
-            f"/admin/tenants/{tenant}/quota",
+            path_of("admin", "tenants", tenant, "quota"),
             json={"limit_bytes": limit_bytes, "job_limit_bytes": job_limit_bytes},
         )
         return decoded(response, TenantLimits)
 
     async def flags(self, tenant: str) -> Flags:
-        return await self._calls.get(f"/admin/tenants/{tenant}/feature-flags", Flags)
+        return await self._calls.get(path_of("admin", "tenants", tenant, "feature-flags"), Flags)
 
     async def set_flags(self, tenant: str, changes: Mapping[str, bool | int | None]) -> Flags:
         """Only the flags that are named; an interval of None is the service's default."""
         response = await self._calls.send(
-            "PATCH", f"/admin/tenants/{tenant}/feature-flags", json=changes
+            "PATCH", path_of("admin", "tenants", tenant, "feature-flags"), json=changes
         )
         return decoded(response, Flags)

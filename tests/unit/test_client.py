@@ -2,6 +2,7 @@ import asyncio
 import hashlib
 import json
 import struct
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -415,3 +416,35 @@ async def test_large_streams_hold_little(client, api):
     assert largest <= 2
     wanted = hashlib.sha256(b"".join(b"%08d" % number for number in range(20_000)))
     assert digest.digest() == wanted.digest()
+
+
+@pytest.mark.parametrize(
+    "name", ["../../orders", "..", ".", "", "a/../..", "a?b=c", "a#b", "a%2fb", "a\nb"]
+)
+async def test_a_name_never_becomes_another_path(name):
+    """`DELETE …/snapshots/../../orders` is `DELETE …/databases/orders`."""
+    asked: list[str] = []
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.raw_path.decode())
+        return httpx.Response(404)
+
+    async with BopClient("http://bop.test", transport=httpx.MockTransport(refuse)) as client:
+        for call in (
+            client.history.delete_snapshot("acme", "events", name),
+            client.databases.get("acme", name),
+            client.jobs.cancel(name),
+            client.limits.flags(name),
+            client.admin.approve(name),
+        ):
+            with pytest.raises((ValueError, ProblemError)):
+                await call
+    segment = quote(name, safe="")
+    places = [
+        f"/tenants/acme/databases/events/snapshots/{segment}",
+        f"/tenants/acme/databases/{segment}",
+        f"/jobs/{segment}/cancel",
+        f"/admin/tenants/{segment}/feature-flags",
+        f"/admin/approvals/{segment}/approve",
+    ]
+    assert asked == ([] if name in {"", ".", ".."} else places)

@@ -1,11 +1,14 @@
 import re
 import subprocess
 import sys
+from typing import get_args
 
 import httpx
 import pytest
 
+from app.cli.jobs import Kind
 from app.cli.main import hoisted, wants_json
+from app.core.stores.manifest.records import JobKind
 
 HEAVY = ("fastapi", "uvicorn", "lmdb", "aiobotocore", "pydantic", "httpx", "rich", "numpy")
 
@@ -99,6 +102,20 @@ def test_wants_json():
         ["databases", "show", "UPPER/case"],
         ["databases", "create", "acme/events", "--engine", "mysql"],
         ["jobs", "list", "--state", "asleep"],
+        ["jobs", "list", "--kind", "daydream"],
+        ["jobs", "list", "--tenant", "../x"],
+        ["jobs", "show", "../../metrics"],
+        ["jobs", "cancel", "a\nb"],
+        ["jobs", "explain", ""],
+        ["approvals", "approve", "../x"],
+        ["snapshots", "delete", "acme/events", "../../orders"],
+        ["snapshots", "create", "acme/events", ".."],
+        ["fork", "acme/events", "Copy"],
+        ["fork", "acme/events", "copy", "--tenant", "../x"],
+        ["flags", "show", "acme/.."],
+        ["quota", "show", ".."],
+        ["quota", "set", "..", "--limit", "1"],
+        ["restore", "acme/events", "-o", "copy.db", "--generation", "0"],
         ["--output", "xml", "jobs", "list"],
         ["--url", "nonsense", "jobs", "list"],
         ["records", "acme/events", "--format", "single", "--follow"],
@@ -110,6 +127,14 @@ def test_wrong_usage_is_2(cli, api, arguments):
     assert ran.exit_code == 2
     assert ran.stderr.startswith("Error: ")
     assert api.requests == []
+
+
+def test_wrong_usage_is_told_without_the_librarys_own_words(cli):
+    assert "Value error" not in cli("--output", "xml", "jobs", "list").stderr
+
+
+def test_every_kind_of_job_can_be_listed():
+    assert get_args(Kind) == get_args(JobKind)
 
 
 def test_wrong_usage_as_json(cli):
