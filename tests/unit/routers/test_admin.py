@@ -109,6 +109,16 @@ async def test_an_admin_endpoint_that_knows_nothing_of_the_audit_log_is_in_it(ad
     assert (entry.action, entry.outcome) == ("POST /admin/careless", "failed")
 
 
+async def test_a_body_that_no_endpoint_takes_is_bounded_too(admin: Running):
+    """The audit log reads it."""
+    path, limit = "/admin/approvals/x/reject", admin.desk.settings.max_json_bytes
+    refused = await admin.client.post(path, content=b"x" * (limit + 1), headers=bearer("all"))
+    assert (refused.status_code, refused.json()["code"]) == (413, "body_too_large")
+    assert admin.service.services.audit.entries == []
+    taken = await admin.client.post(path, content=b"x" * 10, headers=bearer("all"))
+    assert (taken.status_code, taken.json()["code"]) == (404, "approval_not_found")
+
+
 @pytest.mark.parametrize("body", [b"[" * 200_000, b'{"reason": "\xe5"}', b'{"a":' * 100_000])
 async def test_a_body_that_cannot_be_read_is_refused_and_recorded(admin: Running, body: bytes):
     headers = {**bearer("all"), "Content-Type": "application/json"}
