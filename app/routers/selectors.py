@@ -17,6 +17,7 @@ _TIME = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}"
     r"(\.[0-9]{1,9})?([Zz]|[+\- ][0-9]{2}:[0-9]{2})"
 )
+_SELECTORS = frozenset({"generation", "snapshot", "at"})
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 GENERATION_PARAMETER: dict[str, Any] = {
@@ -44,10 +45,11 @@ def selector_of(request: Request, *, takes_time: bool) -> StateSelector:
     if not request.scope["query_string"]:
         return Newest()
     query = request.query_params
-    names = ("generation", "snapshot", "at") if takes_time else ("generation", "snapshot")
-    given = [(name, value) for name, value in query.multi_items() if name in names]
+    given = [(name, value) for name, value in query.multi_items() if name in _SELECTORS]
     if not given:
         return Newest()
+    if given[0][0] == "at" and not takes_time:
+        raise _invalid("at", "only images are read as of a time; choose a generation here")
     if len(given) > 1:
         raise _invalid(given[-1][0], "one of generation, snapshot and at, once")
     name, value = given[0]

@@ -241,7 +241,12 @@ def test_selectors():
     assert selector_of(asked("other=1"), takes_time=True) == Newest()
     assert selector_of(asked("generation=12"), takes_time=True) == AtGeneration(12)
     assert selector_of(asked("snapshot=a.b"), takes_time=False) == AtSnapshot("a.b")
-    assert selector_of(asked("at=x"), takes_time=False) == Newest()
+
+
+@pytest.mark.parametrize("query", ["at=2026-11-23T21:05:00Z", "at=x", "generation=1&at=x"])
+def test_a_time_is_never_passed_over_where_none_is_taken(query):
+    with pytest.raises(InvalidRequest):
+        selector_of(asked(query), takes_time=False)
 
 
 @pytest.mark.parametrize(
