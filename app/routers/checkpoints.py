@@ -4,15 +4,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from functools import partial
 from http import HTTPStatus
-from typing import Annotated, cast
+from typing import cast
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from app.core.base.errors import (
     Backpressure,
     DatabaseNotFound,
     DiskFull,
     FeatureDisabled,
+    IdempotencyKeyReused,
     JobAlreadyEnded,
     JobNotFound,
     ManifestFull,
@@ -25,7 +26,7 @@ from app.core.stores.manifest.records import ENDED_STATES, JobKind, JobRecord
 from app.routers.auth import needs, require_tenant
 from app.routers.deps import WaitQuery, desk_of, services_of
 from app.routers.exchange import principal_of
-from app.routers.idempotent import made_once
+from app.routers.idempotent import IdempotencyKey, made_once
 from app.routers.jobs import (
     DatabaseQuery,
     JobPath,
@@ -56,6 +57,7 @@ KINDS: frozenset[JobKind] = frozenset({"create_checkpoint"})
         **problems(
             DatabaseNotFound,
             FeatureDisabled,
+            IdempotencyKeyReused,
             QueueDrained,
             UnsupportedMediaType,
             Backpressure,
@@ -68,7 +70,7 @@ KINDS: frozenset[JobKind] = frozenset({"create_checkpoint"})
 async def trigger_checkpoint(
     body: TriggerCheckpointBody,
     request: Request,
-    idempotency_key: Annotated[str | None, Header(alias="Idempotency-Key")] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Asks for a checkpoint. While one for the database is pending and has not planned yet, that
     one is answered: a completed checkpoint covers all that was acknowledged before its POST.

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Annotated
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from app.core.base.errors import (
     Backpressure,
@@ -12,6 +11,7 @@ from app.core.base.errors import (
     DatabaseNotFound,
     DiskFull,
     GenerationExpired,
+    IdempotencyKeyReused,
     ManifestFull,
     NoGeneration,
     NotFound,
@@ -26,7 +26,7 @@ from app.routers.databases import DATABASE_PATH
 from app.routers.deps import DatabaseName, TenantName, services_of
 from app.routers.exchange import principal_of
 from app.routers.history_schemas import CreateForkBody
-from app.routers.idempotent import made_once
+from app.routers.idempotent import IdempotencyKey, made_once
 from app.routers.openapi import problems
 from app.routers.route import ScopedRoute
 from app.routers.schemas import DatabaseView
@@ -45,6 +45,7 @@ router = APIRouter(route_class=ScopedRoute, tags=["history"])
         NoGeneration,
         DatabaseConflict,
         GenerationExpired,
+        IdempotencyKeyReused,
         UnsupportedMediaType,
         Backpressure,
         DiskFull,
@@ -57,7 +58,7 @@ async def create_fork(
     database: DatabaseName,
     body: CreateForkBody,
     request: Request,
-    idempotency_key: Annotated[str | None, Header(alias="Idempotency-Key")] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """A new database that begins as the generation; no blob is copied, and both go on by
     themselves. `checkpointed_lsn` is 0 until the bucket alone can restore the fork.

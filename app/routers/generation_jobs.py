@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from app.core.base.errors import (
     Backpressure,
     DatabaseNotFound,
     DiskFull,
     GenerationExpired,
+    IdempotencyKeyReused,
     ManifestFull,
     NoGeneration,
     NotFound,
@@ -25,7 +26,7 @@ from app.routers.auth import needs, require_tenant
 from app.routers.deps import services_of
 from app.routers.exchange import principal_of
 from app.routers.generation_jobs_schemas import GenerationJobBody
-from app.routers.idempotent import made_once
+from app.routers.idempotent import IdempotencyKey, made_once
 from app.routers.jobs import accepted_answer
 from app.routers.openapi import ACCEPTED_HEADERS, problems
 from app.routers.route import ScopedRoute
@@ -33,7 +34,6 @@ from app.routers.schemas import JobView
 
 router = APIRouter(route_class=ScopedRoute, tags=["operations"])
 
-IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key")]
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     202: {"headers": ACCEPTED_HEADERS},
     **problems(
@@ -41,6 +41,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         NotFound,
         NoGeneration,
         GenerationExpired,
+        IdempotencyKeyReused,
         QueueDrained,
         UnsupportedMediaType,
         Backpressure,

@@ -14,6 +14,7 @@ from app.routers.route import ScopedRoute
 router = APIRouter(route_class=ScopedRoute, tags=["operations"])
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz")
 @open_to_all
 async def healthz() -> AliveView:
@@ -21,6 +22,7 @@ async def healthz() -> AliveView:
     return AliveView(status="alive")
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz",
     responses={503: {"model": ReadinessView, "description": "Not ready, and why."}},
@@ -38,6 +40,7 @@ async def readyz(request: Request, response: Response) -> ReadinessView:
     )
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get(
     "/metrics",
     response_class=Response,

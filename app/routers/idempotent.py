@@ -8,9 +8,9 @@ again; one that may pass (401, 429, 5xx, 507) is not kept. Concurrency, cancella
 from collections.abc import Awaitable, Callable
 from hashlib import blake2b
 from http import HTTPStatus
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from fastapi import Request, Response
+from fastapi import Header, Request, Response
 
 from app.core.base.errors import BopError
 from app.core.services.idempotency import Action, Remember, StoredAnswer
@@ -21,6 +21,16 @@ from app.routers.headers import checked_idempotency_key, scope_hash
 from app.routers.problems import STATUS, problem_response
 
 Made = TypeVar("Made")
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="1 to 255 visible ASCII characters. Within 24 h the same request gives the "
+        "first answer again.",
+        examples=["2f1c7a52-checkpoint"],
+    ),
+]
 
 _PASSING = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.TOO_MANY_REQUESTS})
 

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Path, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 
 from app.core.base.errors import (
     Backpressure,
     DatabaseNotFound,
     DiskFull,
     GenerationExpired,
+    IdempotencyKeyReused,
     ManifestFull,
     NoGeneration,
     NotFound,
@@ -25,7 +26,7 @@ from app.routers.auth import needs
 from app.routers.databases import DATABASE_PATH
 from app.routers.deps import DatabaseName, TenantName, services_of
 from app.routers.history_schemas import CreateSnapshotBody, SnapshotPage, SnapshotView
-from app.routers.idempotent import made_once
+from app.routers.idempotent import IdempotencyKey, made_once
 from app.routers.openapi import problems
 from app.routers.paging import PageQuery
 from app.routers.route import ScopedRoute
@@ -47,6 +48,7 @@ _WRITES = (Backpressure, DiskFull, ManifestFull)
         NoGeneration,
         SnapshotExists,
         GenerationExpired,
+        IdempotencyKeyReused,
         UnsupportedMediaType,
         *_WRITES,
     ),
@@ -57,7 +59,7 @@ async def create_snapshot(
     database: DatabaseName,
     body: CreateSnapshotBody,
     request: Request,
-    idempotency_key: Annotated[str | None, Header(alias="Idempotency-Key")] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Pins a generation under a name: it stays readable until the snapshot is deleted."""
     where = f"/tenants/{tenant}/databases/{database}/snapshots"

@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
-from typing import Annotated
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from app.core.base.errors import (
     Backpressure,
@@ -28,7 +27,7 @@ from app.core.stores.manifest.records import JobKind, JobRecord
 from app.routers.auth import needs, require_tenant
 from app.routers.deps import WaitQuery, services_of
 from app.routers.exchange import principal_of
-from app.routers.idempotent import made_once
+from app.routers.idempotent import IdempotencyKey, made_once
 from app.routers.jobs import (
     DatabaseQuery,
     JobPath,
@@ -74,7 +73,7 @@ KINDS: frozenset[JobKind] = frozenset({"truncate_append_only"})
 async def truncate(
     body: TruncateBody,
     request: Request,
-    idempotency_key: Annotated[str | None, Header(alias="Idempotency-Key")] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Drops the oldest records, in whole published chunks, or the newest ones, up to the newest at
     acceptance. Cancel it under `/jobs`.

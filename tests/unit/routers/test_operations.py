@@ -14,6 +14,11 @@ from tests.helpers.fake_services import lease
 from tests.unit.routers.conftest import Running
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"])
+async def test_probes_may_ask_with_head(client, path):
+    assert (await client.head(path)).status_code == 200
+
+
 async def test_alive_and_ready(client, service):
     assert (await client.get("/healthz")).json() == {"status": "alive"}
     answer = await client.get("/readyz")
@@ -219,6 +224,18 @@ async def test_examples_are_what_the_schemas_say(document):
             checked += 1
     assert checked >= 12
     assert "HTTPValidationError" not in schemas
+
+
+async def test_every_idempotency_key_is_explained(document):
+    with_keys = 0
+    for path, _, operation in operations(document):
+        for parameter in operation.get("parameters", []):
+            if parameter["name"] == "Idempotency-Key":
+                with_keys += 1
+                assert parameter["description"], path
+                content = operation["responses"]["422"]["content"]["application/problem+json"]
+                assert "idempotency_key_reused" in content["examples"], path
+    assert with_keys == 7
 
 
 async def test_problems_and_security_are_documented(document):
