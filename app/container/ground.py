@@ -45,8 +45,14 @@ async def open_ground(
 ) -> Ground:
     clock, randomness = SystemClock(), SystemRandomness()
     process_id = new_ulid(clock, randomness)
-    await asyncio.to_thread(_make_data_directory_blocking, settings.data_dir)
-    stack.enter_context(_DataDirectoryLock(settings.data_dir))
+    try:
+        await asyncio.to_thread(_make_data_directory_blocking, settings.data_dir)
+        stack.enter_context(_DataDirectoryLock(settings.data_dir))
+    except OSError as error:
+        raise StartRefused(
+            f"BOP_DATA_DIR={settings.data_dir} cannot be used: {error}. Name a directory that the "
+            "service may write."
+        ) from error
     manifest = await ManifestStore.open(
         settings.data_dir / "manifest",
         clock=clock,

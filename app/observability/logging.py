@@ -6,6 +6,7 @@ are never fields of an event.
 """
 
 import logging
+import re
 import sys
 from collections.abc import Mapping, MutableMapping
 from typing import Any, BinaryIO, Literal, TextIO
@@ -13,8 +14,10 @@ from typing import Any, BinaryIO, Literal, TextIO
 import msgspec
 import structlog
 
+from app.core.base.errors import StartRefused
 from app.core.base.events import Level, Sink, context_fields
 
+_START_REFUSED = f"{StartRefused.__module__}.{StartRefused.__qualname__}"
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _SECRET_FIELDS = frozenset({"authorization", "token", "body", "payload"})
 """Leases have a fencing `token`; it proves nothing to outsiders, but a rule without exceptions
@@ -52,6 +55,11 @@ def route_library_logs(sink: Sink, *, level: Level) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+_REFUSED_START = re.compile(
+    rf"^Traceback .*^{re.escape(_START_REFUSED)}: ", re.DOTALL | re.MULTILINE
+)
+
+
 class _SinkHandler(logging.Handler):
     def __init__(self, sink: Sink) -> None:
         super().__init__()
@@ -61,10 +69,12 @@ class _SinkHandler(logging.Handler):
         error = record.exc_info[1] if record.exc_info else None
         if error is not None and type(error).__name__ in {"ResponseBroken", "StartRefused"}:
             return  # told where it happened, as an event
+        if _REFUSED_START.search(message := record.getMessage()):
+            return  # told likewise; Starlette makes a text of its traceback
         level: Level = "error" if record.levelno >= logging.ERROR else "info"
         if record.levelno == logging.WARNING:
             level = "warning"
-        fields: dict[str, object] = {"logger": record.name, "detail": record.getMessage()}
+        fields: dict[str, object] = {"logger": record.name, "detail": message}
         if error is not None:
             fields["exception"] = error
         self._sink("library.logged", level, fields)

@@ -177,6 +177,17 @@ async def test_nobody_listens():
     )
 
 
+async def test_a_data_directory_that_cannot_be_written_is_told_in_a_sentence(tmp_path: Path):
+    taken = tmp_path / "file"
+    taken.touch()
+    ran = await run("serve", BOP_DATA_DIR=str(taken / "data"), BOP_PORT="0")
+    assert ran.exit_code == 1
+    logged = [json.loads(line) for line in ran.stdout.decode().splitlines()]
+    (told,) = [line["detail"] for line in logged if line["event"] == "service.start_refused"]
+    assert told.startswith(f"BOP_DATA_DIR={taken}/data cannot be used: ")
+    assert "Traceback" not in ran.stdout.decode() + ran.stderr
+
+
 async def test_fsck_of_a_data_directory_needs_it_stopped(cli: Cli):
     await cli.json("databases", "create", "acme/log")
     await cli.json("append", "acme/log", input=b"one\n")
@@ -199,6 +210,7 @@ async def test_recover_from_the_remote_store_alone(cli: Cli, make_server: MakeSe
     refused = await run("serve", BOP_DATA_DIR=str(data_dir), BOP_PORT="0")
     assert refused.exit_code == 1
     assert "recover" in refused.stdout.decode() + refused.stderr
+    assert "Traceback" not in refused.stdout.decode() + refused.stderr
     recovered = await run("recover", "--output", "json", BOP_DATA_DIR=str(data_dir))
     assert recovered.exit_code == 0, recovered.stderr
     (database,) = recovered.json["databases"]
