@@ -85,6 +85,7 @@ class BodyReader:
             raise InvalidRequest(
                 f"Nothing of the body arrived for {limits.idle_timeout_seconds:g} seconds.",
                 body_idle_timeout_seconds=limits.idle_timeout_seconds,
+                errors=[{"loc": ["body"], "msg": "Nothing arrived", "type": "timeout"}],
             ) from error
         if message["type"] != "http.request":
             raise ClientGone
@@ -108,6 +109,7 @@ class BodyReader:
             raise InvalidRequest(
                 f"The body comes slower than {least} bytes a second.",
                 body_bytes_per_second_min=least,
+                errors=[{"loc": ["body"], "msg": "Too slow", "type": "timeout"}],
             )
 
     def _too_large(self) -> BodyTooLarge:

@@ -16,7 +16,6 @@ from app.core.base.errors import (
     CursorExpired,
     CursorNotFound,
     DiskFull,
-    InvalidRequest,
     ManifestFull,
     NotAcceptable,
     UnsupportedMediaType,
@@ -32,7 +31,7 @@ from app.routers.changes_schemas import (
 )
 from app.routers.deps import desk_of, services_of
 from app.routers.exchange import principal_of
-from app.routers.headers import negotiated
+from app.routers.headers import invalid_header, negotiated
 from app.routers.openapi import problems
 from app.routers.operations_schemas import ChangeView
 from app.routers.paging import LIMIT_DEFAULT, LIMIT_MAX, PageQuery
@@ -108,11 +107,14 @@ async def ack_cursor(name: CursorName, body: AckBody, request: Request) -> Curso
 @router.delete(
     "/change-cursors/{name}",
     status_code=HTTPStatus.NO_CONTENT,
+    response_class=Response,
     responses=problems(CursorNotFound, *_WRITES),
 )
 @needs("read")
-async def delete_cursor(name: CursorName, request: Request) -> None:
+async def delete_cursor(name: CursorName, request: Request) -> Response:
+    """Changes are no longer retained for it."""
     await services_of(request).change_feed.delete(principal_of(request).name, name)
+    return Response(status_code=HTTPStatus.NO_CONTENT)
 
 
 @router.get(
@@ -180,7 +182,7 @@ def _last_seen(last_event_id: str | None, after: int | None) -> int | None:
     if last_event_id is None:
         return after
     if not (last_event_id.isascii() and last_event_id.isdecimal() and len(last_event_id) < 20):
-        raise InvalidRequest("Last-Event-ID is the `id` of an event of this stream.")
+        raise invalid_header("Last-Event-ID", "is the `id` of an event of this stream.")
     return int(last_event_id)
 
 

@@ -21,6 +21,8 @@ from app.routers.exchange import Exchange, exchange_of
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
+SHOWN_ERRORS = 3
+"""In the detail; `errors` has all of them."""
 
 STATUS: Mapping[ErrorKind, HTTPStatus] = {
     ErrorKind.MALFORMED: HTTPStatus.BAD_REQUEST,
@@ -85,12 +87,15 @@ def problem_response(
 ) -> Response:
     status = int(STATUS[error.kind])
     shown = error.kind is not ErrorKind.INTERNAL
+    fields = error.fields
+    if error.code == InvalidRequest.code and "errors" not in fields:
+        fields = {**fields, "errors": [{"loc": [], "msg": error.detail, "type": "value_error"}]}
     members = problem_members(
         code=error.code,
         title=error.title,
         status=status,
         detail=error.advice if shown else f"{error.title}. See the log by request_id.",
-        extras={"request_id": request_id, **(error.fields if shown else {})},
+        extras={"request_id": request_id, **(fields if shown else {})},
     )
     answer = dict(headers or {})
     if error.retry_after_seconds is not None or error.kind in _RETRYABLE:
@@ -119,11 +124,18 @@ async def _on_domain_error(request: Request, error: Exception) -> Response:
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     errors = [
-        {"loc": list(one["loc"]), "msg": one["msg"], "type": one["type"]} for one in error.errors()
+        {
+            "loc": list(one["loc"]),
+            "msg": str(one["msg"]).removeprefix("Value error, "),
+            "type": one["type"],
+        }
+        for one in error.errors()
     ]
-    where = ", ".join(".".join(map(str, one["loc"])) for one in errors[:3])
+    shown = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in errors[:SHOWN_ERRORS]]
+    if len(errors) > len(shown):
+        shown.append(f"{len(errors) - len(shown)} more")
     return problem_response(
-        InvalidRequest(f"The request is not valid at: {where}.", errors=errors),
+        InvalidRequest(f"The request is not valid. {'; '.join(shown)}.", errors=errors),
         request_id=exchange_of(request).request_id,
     )
 
@@ -139,8 +151,10 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
             allowed = ", ".join(_methods(request))
             headers = {"Allow": allowed}
             domain = MethodNotAllowed(f"This path takes {allowed}.")
-        case _:
-            domain = InvalidRequest(str(error.detail))
+        case _:  # FastAPI's own, for JSON that is nested too deep or holds a number too long
+            message = str(error.detail)
+            unread = {"loc": ["body"], "msg": message, "type": "json_invalid"}
+            domain = InvalidRequest(f"body: {message}.", errors=[unread])
     return problem_response(
         domain, request_id=exchange_of(request).request_id, headers=headers or None
     )

@@ -109,7 +109,14 @@ async def test_change_feed(make_server: MakeServer, tmp_path: Path) -> None:
     assert (again.status_code, again.json()["state"]) == (200, "live")
     assert (await call("PUT", "/change-cursors/sync", json={"from": 1})).status_code == 410
     assert (await call("PUT", "/change-cursors/sync", json={"from": 999})).status_code == 422
-    assert (await call("DELETE", "/change-cursors/sync")).status_code == 204
+    unread = await server.client.get(
+        "/changes?cursor=sync",
+        headers={**bearer("ops"), "Accept": "text/event-stream", "Last-Event-ID": "x"},
+    )
+    assert unread.json()["errors"][0]["loc"] == ["header", "Last-Event-ID"]
+    gone = await call("DELETE", "/change-cursors/sync")
+    assert (gone.status_code, gone.content) == (204, b"")
+    assert "content-type" not in gone.headers
     assert (await call("DELETE", "/change-cursors/sync")).status_code == 404
     assert await server.terminate() == 0, server.log_tail()
     assert (await fsck(Settings(data_dir=server.data_dir))).findings == ()

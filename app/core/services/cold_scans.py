@@ -156,7 +156,7 @@ def _check_range(database: DatabaseRecord, wanted: ScanRange) -> None:
     foreign = wanted.names_lsns if database.engine == "libsql" else wanted.names_pages
     if foreign:
         raise WrongEngine(
-            f"{database.tenant}/{database.name} is a {database.engine} database: ranges are of "
+            f"{database.tenant}/{database.name} is of the engine {database.engine}: ranges are of "
             f"{'pages' if database.engine == 'libsql' else 'LSNs'}.",
             engine=database.engine,
         )

@@ -114,7 +114,7 @@ class DatabaseDirectory:
         record = self.find(tenant, name)
         if record.engine != engine:
             raise WrongEngine(
-                f"{tenant}/{name} is a {record.engine} database; this call is for {engine}.",
+                f"{tenant}/{name} is of the engine {record.engine}; this call is for {engine}.",
                 engine=record.engine,
             )
         return record, self.log(record.db_id)

@@ -59,14 +59,38 @@ async def test_validation_errors_say_where(client):
     errors = {tuple(one["loc"]): one for one in answer.json()["errors"]}
     assert set(errors) == {("body", "engine"), ("body", "colour")}
     assert all(set(one) == {"loc", "msg", "type"} for one in errors.values())
+    detail = answer.json()["detail"]
+    assert "body.engine: Input should be 'append_only' or 'libsql'" in detail
+    assert "body.colour: Extra inputs are not permitted" in detail
 
 
-@pytest.mark.parametrize("body", [b"{", b"", b"[]", b"nul", b"\xff", b"[" * 100_000])
+async def test_the_detail_says_what_is_wrong_in_plain_words(client):
+    answer = await client.put(f"{DATABASES}/x", json={"engine": "libsql", "page_size": 4097})
+    assert answer.json()["detail"] == (
+        "The request is not valid. body: page_size must be a power of two."
+    )
+    many = {"engine": "libsql", "a": 1, "b": 1, "c": 1, "d": 1}
+    answer = await client.put(f"{DATABASES}/x", json=many)
+    assert answer.json()["detail"].endswith("; 1 more.")
+    assert len(answer.json()["errors"]) == 4
+
+
+async def test_every_refusal_as_invalid_says_what_is_wrong(running: Running):
+    running.service.failing["databases.create"] = InvalidRequest("Not so.", colour="red")
+    answer = await running.client.put(f"{DATABASES}/x", json={"engine": "append_only"})
+    assert answer.json()["errors"] == [{"loc": [], "msg": "Not so.", "type": "value_error"}]
+    assert answer.json()["colour"] == "red"
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", b"", b"[]", b"nul", b"\xff", b"[" * 100_000, b'{"tenant": %s}' % (b"9" * 5000)]
+)
 async def test_broken_json(client, body):
     answer = await client.post(
         "/checkpoints", content=body, headers={"Content-Type": "application/json"}
     )
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    assert answer.json()["errors"][0]["loc"][0] == "body"
 
 
 async def test_json_needs_no_content_type_but_no_other_one(client):
