@@ -34,6 +34,7 @@ from app.routers.schemas import JobView
 
 router = APIRouter(route_class=ScopedRoute)
 _WRITES = (Backpressure, DiskFull, ManifestFull)
+_NO_MORE = RunCollectionBody()
 
 
 @router.delete(
@@ -74,7 +75,7 @@ async def delete_database(
     responses=problems(NotReady, RemoteUnavailable, UnsupportedMediaType, DiskFull, ManifestFull),
 )
 @needs("admin")
-async def run_collection(body: RunCollectionBody, request: Request) -> CollectionView:
+async def run_collection(request: Request, body: RunCollectionBody = _NO_MORE) -> CollectionView:
     """Applies retention now, collects what is due, and says what it did."""
     require_unbound(principal_of(request))
     report = await services_of(request).collection.run(

@@ -151,11 +151,12 @@ def answer_bytes(status: HTTPStatus, *, code: str, title: str, detail: str) -> b
         code=code, title=title, status=int(status), detail=detail, extras={"request_id": ""}
     )
     body = msgspec.json.encode(members)
+    may_pass = status == HTTPStatus.SERVICE_UNAVAILABLE
+    wait = f"retry-after: {RETRY_AFTER_SECONDS}\r\n" if may_pass else ""
     head = (
         f"HTTP/1.1 {status.value} {status.phrase}\r\n"
         f"content-type: {MEDIA_TYPE}\r\n"
         f"content-length: {len(body)}\r\n"
-        f"retry-after: {RETRY_AFTER_SECONDS}\r\n"
-        "connection: close\r\n\r\n"
+        f"{wait}connection: close\r\n\r\n"
     )
     return head.encode() + body

@@ -183,3 +183,10 @@ async def test_only_what_can_be_read_stays(
     assert (await ok(await client.get("/debug/manifest/stats")))["entries"]["databases"] == 0
     assert (await ok(await client.get("/debug/manifest/fsck")))["findings"] == []
     assert await server.terminate() == 0, server.log_tail()
+
+
+async def test_a_collection_needs_no_body(make_server: MakeServer):
+    server = make_server()
+    await server.start()
+    told = await ok(await server.client.post("/admin/gc/run"))
+    assert (told["paused"], told["orphans"]) == (False, None)
