@@ -32,7 +32,7 @@ from app.core.formats.page_blob_writer import (
     PageBlobWriter,
 )
 from app.core.reads.delta_chain import BaseLayer
-from app.core.reads.page_blobs import OpenPages
+from app.core.reads.open_pages import OpenPages
 from app.core.reads.page_cache import FetchOptions
 from app.core.reads.page_store import PageStore
 from app.core.reads.read_point import ReadPoint

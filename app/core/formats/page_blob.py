@@ -48,6 +48,7 @@ NO_BASE = bytes(32)
 PageNos = npt.NDArray[np.uint32]
 Checksums = npt.NDArray[np.uint64]
 Positions = npt.NDArray[np.intp]
+Pages = npt.NDArray[np.uint8]
 
 _PLACES = struct.Struct("<IIIIQ8x32s")
 _PAGE_COLUMN_BYTES = 16
@@ -337,54 +338,79 @@ class PageBlobDirectory:
         base_pages: Mapping[int, bytes | memoryview] | None = None,
     ) -> bytearray:
         """Many pages back to back, from their unpacked blocks by number; `base_pages` by page
-        number where patches may be among them. Whole pages were checked with their block, patched
-        ones are by their own checksum. Raises Damage.
+        number where patches may be among them. Raises as `unpack_into` does.
         """
-        size, columns = self.page_size, self._columns
+        size = self.page_size
         out = bytearray(len(positions) * size)
-        slots = columns.slots[positions]
-        stored = np.flatnonzero(slots != ZERO_SLOT)
-        if len(stored) == 0:
-            return out
+        if base_pages is not None:
+            for row, page_no in enumerate(self.page_nos[positions].tolist()):
+                if (page := base_pages.get(page_no)) is not None:
+                    out[row * size : (row + 1) * size] = page
         pages = np.frombuffer(out, dtype=np.uint8).reshape(-1, size)
-        known = slots[stored]
-        numbers = self.blocks_of(positions[stored])
-        lengths = columns.slot_bytes[known].astype(np.int64)
-        starts = self._slot_ends[known].astype(np.int64) - lengths
-        starts -= self.container.blocks["raw_offset"][numbers].astype(np.int64)
-        if (
-            len(stored) == len(positions)
-            and (lengths == size).all()
-            and (np.diff(known) == 1).all()
-        ):
-            # One slot after the other, as in a base whose pages all differ: no gathering.
-            joined = bytearray().join(blocks[number] for number in np.unique(numbers).tolist())
-            del joined[: int(starts[0])], joined[len(out) :]
-            return joined
-        order = np.argsort(numbers, kind="stable")
-        breaks = np.flatnonzero(np.diff(numbers[order])) + 1
-        for rows in np.split(order, breaks):
-            raw = np.frombuffer(blocks[int(numbers[rows[0]])], dtype=np.uint8)
-            whole = rows[lengths[rows] == size]
-            if len(whole):
-                pages[stored[whole]] = sliding_window_view(raw, size)[starts[whole]]
-            for row in rows[lengths[rows] < size].tolist():
-                slot = raw[starts[row] : starts[row] + lengths[row]].data
-                at = int(stored[row])
-                page = self._patched(int(positions[at]), slot, base_pages)
-                out[at * size : (at + 1) * size] = page
+        rows = np.arange(len(positions), dtype=np.intp)
+        self.unpack_into(pages, rows, positions, blocks, has_base=base_pages is not None)
         return out
 
-    def _patched(
-        self, position: int, slot: memoryview, base_pages: Mapping[int, bytes | memoryview] | None
-    ) -> bytes:
-        page_no = int(self._columns.page_nos[position])
-        base_page = None if base_pages is None else base_pages.get(page_no)
-        if base_page is None:
+    def unpack_into(
+        self,
+        out: Pages,
+        rows: Positions,
+        positions: Positions,
+        blocks: Mapping[int, bytes | memoryview],
+        *,
+        has_base: bool,
+    ) -> None:
+        """Puts the pages at `positions` into `rows` of `out`, shape (any, page size), C-contiguous,
+        from their unpacked blocks by number. With `has_base` the rows of patches hold the base's
+        pages before. Whole pages were checked with their block, patched ones are by their own
+        checksum. Raises Damage.
+        """
+        size, columns = self.page_size, self._columns
+        slots = columns.slots[positions]
+        zeros = slots == ZERO_SLOT
+        if zeros.any():
+            out[rows[zeros]] = 0
+            rows, positions, slots = rows[~zeros], positions[~zeros], slots[~zeros]
+        if len(slots) == 0:
+            return
+        numbers = np.searchsorted(self._first_slots, slots, side="right").astype(np.intp) - 1
+        lengths = columns.slot_bytes[slots].astype(np.int64)
+        starts = self._slot_ends[slots].astype(np.int64) - lengths
+        starts -= self.container.blocks["raw_offset"][numbers].astype(np.int64)
+        flat = out.data.cast("B")
+        is_whole = lengths == size
+        if is_whole.all() and (np.diff(slots) == 1).all() and (np.diff(rows) == 1).all():
+            # One slot after the other, as in a base whose pages all differ: no gathering.
+            at, end, skip = int(rows[0]) * size, (int(rows[-1]) + 1) * size, int(starts[0])
+            for number in range(int(numbers[0]), int(numbers[-1]) + 1):
+                piece = memoryview(blocks[number])[skip : skip + end - at]
+                flat[at : at + len(piece)] = piece
+                at, skip = at + len(piece), 0
+            return
+        whole = np.flatnonzero(is_whole)
+        whole = whole[np.argsort(numbers[whole], kind="stable")]
+        for part in np.split(whole, np.flatnonzero(np.diff(numbers[whole])) + 1):
+            if len(part):
+                raw = np.frombuffer(blocks[int(numbers[part[0]])], dtype=np.uint8)
+                out[rows[part]] = sliding_window_view(raw, size)[starts[part]]
+        patches = np.flatnonzero(~is_whole)
+        if len(patches) == 0:
+            return
+        if not has_base:
+            page_no = int(columns.page_nos[positions[patches[0]]])
             raise Damage(f"page {page_no} is a patch and its base is not at hand")
-        page = apply_patch(slot, base_page)
-        if crc64(page) != int(self._columns.checksums[position]):
-            raise Damage(f"page {page_no} fails its checksum")
+        views = {number: memoryview(blocks[number]) for number in set(numbers[patches].tolist())}
+        for position, row, number, start, length in zip(
+            *(each[patches].tolist() for each in (positions, rows, numbers, starts, lengths)),
+            strict=True,
+        ):
+            here = flat[row * size : (row + 1) * size]
+            here[:] = self._patched(position, views[number][start : start + length], here)
+
+    def _patched(self, position: int, patch: memoryview, base_page: memoryview) -> bytes:
+        page = apply_patch(patch, base_page)
+        if crc64(page) != self._columns.checksums[position]:
+            raise Damage(f"page {self._columns.page_nos[position]} fails its checksum")
         return page
 
     def unpack_digests(self, stored: bytes | memoryview) -> bytes:

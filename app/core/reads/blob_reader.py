@@ -9,7 +9,8 @@ Crash: nothing here is written.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from app.core.base.clock import Clock
@@ -74,6 +75,21 @@ class OpenBlob:
         """Where the next fetch looks first."""
         return "local" if self._file is not None else "remote"
 
+    @contextmanager
+    def held_file(self) -> Iterator[int | None]:
+        """The descriptor of its file, which stays open meanwhile; None where it has none."""
+        file = self._file
+        if file is None:
+            yield None
+            return
+        self._users += 1
+        try:
+            yield file.descriptor
+        finally:
+            self._users -= 1
+            if self._users == 0 and self._closed:
+                file.close()
+
     async def fetch(self, first: int, length: int, decode: Callable[[bytes], T]) -> T:
         """What `decode` makes of these bytes, in the pool; it raises Damage for bytes that are
         not right. Raises CorruptBlob, RemoteUnavailable.
@@ -91,17 +107,12 @@ class OpenBlob:
         self, file: CachedBlob, first: int, length: int, decode: Callable[[bytes], T]
     ) -> T:
         reader, started = self._reader, self._reader.clock.monotonic()
-        self._users += 1
-        try:
+        with self.held_file():
             result = await uninterrupted(
                 reader.pool.run(
                     lambda: decode(read_exactly_blocking(file.descriptor, first, length))
                 )
             )
-        finally:
-            self._users -= 1
-            if self._users == 0 and self._closed:
-                file.close()
         self._tell_served("local", length, started)
         return result
 

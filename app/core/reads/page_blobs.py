@@ -14,33 +14,25 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from app.core.base.errors import BopError
-from app.core.base.tasks import TaskScope, both, for_each
+from app.core.base.tasks import TaskScope, both
 from app.core.formats.codecs import codec_code
 from app.core.formats.container import ContainerKind
 from app.core.formats.damage import Damage
-from app.core.formats.page_blob import PageBlobDirectory, PageNos
-from app.core.reads.blob_reader import BlobReader, OpenBlob, corrupt_blob
+from app.core.formats.page_blob import PageBlobDirectory
+from app.core.reads.blob_reader import BlobReader, corrupt_blob
 from app.core.reads.byte_source import Tier
 from app.core.reads.delta_chain import BaseLayer, DeltaLayer, Layer
+from app.core.reads.open_pages import Block, OpenPages, unpack_blocks
 from app.core.reads.page_cache import FetchOptions, PageCache, PageKey
 from app.core.reads.single_flight import SingleFlight
-from app.core.stores.manifest.records import BlobRef
 
 PageTier = Literal["wal", "page_cache", "local", "remote"]
-Block = bytes | memoryview
 
 DIRECTORIES_BYTES = 64 * 1024 * 1024
 READ_AHEAD_BYTES = 512 * 1024
 """What is fetched beyond a block when pages are read one after the other."""
-FETCHES_AT_ONCE = 4
-GAP_BYTES_MAX = 128 * 1024
-"""Blocks that are not needed but lie between needed ones are read along up to here: cheaper than
-another request."""
-
-_NO_BLOCK = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +53,7 @@ class PageBlobs:
         scope: TaskScope,
         directories_bytes: int = DIRECTORIES_BYTES,
     ) -> None:
-        self._reader = reader
+        self.reader = reader
         self._cache = cache
         self._directories = _DirectoryCache(limit_bytes=directories_bytes)
         self._directory_flights = SingleFlight[bytes, PageBlobDirectory](scope)
@@ -145,7 +137,7 @@ class PageBlobs:
                 stop = self._read_ahead(directory, block)
 
         async def fetch() -> _Run:
-            mine = await self._reader.open(layer.blob)
+            mine = await self.reader.open(layer.blob)
             try:
                 first, length = directory.block_range(block, stop)
                 blocks, pages = await mine.fetch(
@@ -173,7 +165,7 @@ class PageBlobs:
         """For reading much of a blob; to be closed by the caller. Raises CorruptBlob,
         RemoteUnavailable.
         """
-        blob = await self._reader.open(layer.blob)
+        blob = await self.reader.open(layer.blob)
         base: OpenPages | None = None
         try:
             directory = await self._directory(layer)
@@ -184,7 +176,7 @@ class PageBlobs:
         except BaseException:
             blob.close()
             raise
-        return OpenPages(self._reader, blob, directory, base)
+        return OpenPages(self.reader, blob, directory, base)
 
     async def _directory(self, layer: Layer) -> PageBlobDirectory:
         sha256, row = layer.blob.sha256, layer.row
@@ -192,7 +184,7 @@ class PageBlobs:
         if directory is None:
 
             async def fetch() -> PageBlobDirectory:
-                mine = await self._reader.open(layer.blob)
+                mine = await self.reader.open(layer.blob)
                 try:
                     found = await mine.fetch(
                         row.directory_offset,
@@ -210,98 +202,6 @@ class PageBlobs:
         except Damage as error:
             raise corrupt_blob(layer.blob, f"The blob is damaged: {error}.") from error
         return directory
-
-
-class OpenPages:
-    """A blob's pages, read by runs of blocks."""
-
-    def __init__(
-        self,
-        reader: BlobReader,
-        blob: OpenBlob,
-        directory: PageBlobDirectory,
-        base: "OpenPages | None",
-    ) -> None:
-        self._reader = reader
-        self._ref = blob.ref
-        self._blob = blob
-        self._directory = directory
-        self._base = base
-
-    def is_against(self, blob: BlobRef) -> bool:
-        """Whether its patches are against that blob's pages."""
-        return self._directory.base_sha256 == blob.sha256
-
-    def are_patches(self, page_nos: PageNos) -> npt.NDArray[np.bool_]:
-        """Which of the pages take the base's page to be read; it holds all of them."""
-        return self._directory.are_patches(self._directory.positions(page_nos))
-
-    async def read(
-        self, page_nos: PageNos, *, base_pages: Mapping[int, memoryview] | None = None
-    ) -> npt.NDArray[np.uint8]:
-        """The pages, ascending: shape (pages, page size). What the blob does not hold is zeros.
-        Without `base_pages`, those that patches take are read from the base. Raises CorruptBlob,
-        RemoteUnavailable.
-        """
-        directory = self._directory
-        positions = directory.positions(page_nos)
-        held = positions >= 0
-        mine = positions if held.all() else positions[held]
-        numbers = np.unique(directory.blocks_of(mine)) if len(mine) else mine
-        blocks: dict[int, Block] = {}
-        for found in await for_each(
-            _block_runs(directory, numbers[numbers != _NO_BLOCK]),
-            self._fetch,
-            limit=FETCHES_AT_ONCE,
-        ):
-            blocks.update(found)
-        if base_pages is None:
-            base_pages = await self._base_pages(mine)
-        try:
-            data = await self._reader.pool.run(
-                lambda: directory.unpack_pages(mine, blocks, base_pages=base_pages)
-            )
-        except Damage as error:
-            raise corrupt_blob(self._ref, f"The blob is damaged: {error}.") from error
-        pages = np.frombuffer(data, dtype=np.uint8).reshape(-1, directory.page_size)
-        if len(mine) == len(page_nos):
-            return pages
-        spread = np.zeros((len(page_nos), directory.page_size), dtype=np.uint8)
-        spread[held] = pages
-        return spread
-
-    @property
-    def page_nos(self) -> PageNos:
-        """Of the pages that the blob holds, ascending."""
-        return self._directory.page_nos
-
-    async def read_digests(self) -> bytes:
-        """`PAGE_DIGEST_BYTES` for each of `page_nos`. Raises CorruptBlob, RemoteUnavailable."""
-        number = self._directory.digests_block
-        first, length = self._directory.block_range(number, number + 1)
-        return await self._blob.fetch(first, length, self._directory.unpack_digests)
-
-    async def _fetch(self, run: tuple[int, int]) -> Mapping[int, Block]:
-        start, stop = run
-        first, length = self._directory.block_range(start, stop)
-        return await self._blob.fetch(
-            first, length, lambda data: _unpack_blocks(self._directory, start, stop, data)
-        )
-
-    async def _base_pages(self, positions: npt.NDArray[np.intp]) -> dict[int, memoryview] | None:
-        if self._base is None:
-            return None
-        needed = self._directory.page_nos[positions[self._directory.are_patches(positions)]]
-        if len(needed) == 0:
-            return {}
-        pages = await self._base.read(needed)
-        return {number: pages[at].data for at, number in enumerate(needed.tolist())}
-
-    def close(self) -> None:
-        """Again is harmless."""
-        self._blob.close()
-        if self._base is not None:
-            self._base.close()
 
 
 class _DirectoryCache:
@@ -364,40 +264,11 @@ def _is_of_kind(layer: Layer, directory: PageBlobDirectory) -> bool:
             )
 
 
-def _block_runs(
-    directory: PageBlobDirectory, numbers: npt.NDArray[np.intp]
-) -> list[tuple[int, int]]:
-    """Blocks [start, stop) to be fetched at once, from those needed, ascending."""
-    if len(numbers) == 0:
-        return []
-    offsets = directory.container.blocks["stored_offset"].astype(np.int64)
-    ends = offsets + directory.container.blocks["stored_bytes"]
-    far = offsets[numbers[1:]] - ends[numbers[:-1]] > GAP_BYTES_MAX
-    breaks = (np.flatnonzero(far) + 1).tolist()
-    return [
-        (int(numbers[start]), int(numbers[stop - 1]) + 1)
-        for start, stop in zip([0, *breaks], [*breaks, len(numbers)], strict=True)
-    ]
-
-
-def _unpack_blocks(
-    directory: PageBlobDirectory, first: int, stop: int, data: bytes
-) -> dict[int, Block]:
-    """Raises Damage."""
-    view, at = memoryview(data), 0
-    blocks: dict[int, Block] = {}
-    for number in range(first, stop):
-        length = int(directory.container.blocks[number]["stored_bytes"])
-        blocks[number] = directory.unpack_block(number, view[at : at + length])
-        at += length
-    return blocks
-
-
 def _unpack_run(
     directory: PageBlobDirectory, first: int, stop: int, data: bytes
 ) -> tuple[dict[int, Block], dict[int, bytes]]:
     """The blocks, and their pages but for patches. Raises Damage."""
-    blocks = _unpack_blocks(directory, first, stop, data)
+    blocks = unpack_blocks(directory, first, stop, data)
     positions = directory.positions_in(first, stop)
     whole = positions[~directory.are_patches(positions)]
     unpacked = memoryview(directory.unpack_pages(whole, blocks))

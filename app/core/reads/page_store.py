@@ -27,7 +27,8 @@ from app.core.reads.byte_source import RangeReads
 from app.core.reads.delta_chain import DeltaChain, Layer, delta_chain
 from app.core.reads.heads import Head, Heads
 from app.core.reads.log_reader import BlobCache
-from app.core.reads.page_blobs import DIRECTORIES_BYTES, OpenPages, PageBlobs, PageTier
+from app.core.reads.open_pages import OpenPages
+from app.core.reads.page_blobs import DIRECTORIES_BYTES, PageBlobs, PageTier
 from app.core.reads.page_cache import FetchOptions, PageCache, PageKey
 from app.core.reads.page_windows import OpenChunk, windows
 from app.core.reads.read_point import GenerationPins, ReadPoint

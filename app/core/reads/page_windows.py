@@ -10,7 +10,7 @@ Crash: nothing here is written.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,8 @@ import numpy.typing as npt
 from app.core.formats.page_blob import PageNos
 from app.core.formats.sqlite_wal import lock_byte_page
 from app.core.reads.delta_chain import NO_LAYER, BaseLayer, DeltaChain, LayerNumbers
-from app.core.reads.page_blobs import OpenPages, PageBlobs
+from app.core.reads.open_pages import OpenPages, Step, read_steps
+from app.core.reads.page_blobs import PageBlobs
 from app.core.reads.read_point import ReadPoint
 
 Pages = npt.NDArray[np.uint8]
@@ -56,32 +57,27 @@ class OpenChunk:
         self, page_nos: PageNos, numbers: LayerNumbers, *, page_size: int
     ) -> Pages:
         """Each page from the layer of its number; of those without one, zeros."""
+        shape = (len(page_nos), page_size)
+        found = [number for number in np.unique(numbers).tolist() if number != NO_LAYER]
+        if not found:
+            return np.zeros(shape, dtype=np.uint8)
+        opened = {number: await self.open(number) for number in found}
         layers = self.chain.layers
-        base_number = len(layers) - 1 if layers and isinstance(layers[-1], BaseLayer) else None
-        from_base = numbers == base_number
-        deltas = [
-            (await self.open(number), np.flatnonzero(numbers == number))
-            for number in np.unique(numbers).tolist()
-            if number not in (NO_LAYER, base_number)
-        ]
-        patched: list[npt.NDArray[np.intp]] = []
-        for delta, rows in deltas:
-            mine = base_number is not None and delta.is_against(layers[base_number].blob)
-            patched.append(rows[delta.are_patches(page_nos[rows])] if mine else rows[:0])
-            from_base[patched[-1]] = True
-        if base_number is not None and 2 * np.count_nonzero(from_base) > len(page_nos):
-            # All of them, in one piece: cheaper than to leave some out.
-            pages = await (await self.open(base_number)).read(page_nos)
-            pages[numbers == NO_LAYER] = 0
-        else:
-            pages = np.zeros((len(page_nos), page_size), dtype=np.uint8)
-            if base_number is not None and from_base.any():
-                base = await self.open(base_number)
-                pages[from_base] = await base.read(page_nos[from_base])
-        for (delta, rows), needed in zip(deltas, patched, strict=True):
-            # A row is of one layer: until it is written here it is the base's page.
-            base_pages = {int(page_nos[row]): pages[row].data for row in needed.tolist()}
-            pages[rows] = await delta.read(page_nos[rows], base_pages=base_pages or None)
+        base: OpenPages | None = None
+        if isinstance(layers[-1], BaseLayer):
+            number, blob = len(layers) - 1, layers[-1].blob
+            if number in opened or any(delta.is_against(blob) for delta in opened.values()):
+                base = await self.open(number)
+                opened.pop(number, None)
+        involved = [each for each in (base, *opened.values()) if each is not None]
+        involved += [each.base for each in opened.values() if each.base is not None]
+        pages = await read_steps(
+            self._blobs.reader,
+            involved,
+            lambda: _steps(page_nos, numbers, base, opened),
+            shape=shape,
+        )
+        pages[numbers == NO_LAYER] = 0
         return pages
 
     async def open(self, number: int) -> OpenPages:
@@ -97,6 +93,34 @@ class OpenChunk:
     def close(self) -> None:
         while self._open:
             self._open.popitem()[1].close()
+
+
+def _steps(
+    page_nos: PageNos,
+    numbers: LayerNumbers,
+    base: OpenPages | None,
+    deltas: Mapping[int, OpenPages],
+) -> list[Step]:
+    """The chain's base first, for its own pages and for patches against it; then the deltas, each
+    behind an older base that its patches are against.
+    """
+    from_base = ~np.isin(numbers, [NO_LAYER, *deltas])
+    steps: list[Step] = []
+    for number, delta in deltas.items():
+        rows = np.flatnonzero(numbers == number)
+        if delta.base is not None:
+            patched = rows[delta.patches_among(page_nos[rows])]
+            if base is not None and delta.is_against(base.blob.ref):
+                from_base[patched] = True
+            else:
+                steps.append(Step.of(delta.base, page_nos[patched], patched))
+        steps.append(Step.of(delta, page_nos[rows], rows))
+    if base is not None and from_base.any():
+        rows = np.flatnonzero(from_base)
+        if 2 * len(rows) > len(page_nos):  # all, in one piece: cheaper than to leave some out
+            rows = np.arange(len(page_nos), dtype=np.intp)
+        steps.insert(0, Step.of(base, page_nos[rows], rows))
+    return steps
 
 
 def windows(
