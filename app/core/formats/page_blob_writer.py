@@ -189,7 +189,7 @@ class PageBlobWriter:
         page_nos = np.concatenate(self._page_nos)
         digests = b"".join(self._digests)
         digests_offset = self._output.bytes
-        self._add_block(digests, digests, key=int(page_nos[-1]) + 1)
+        self._add_blocks([len(digests)], [digests], keys=[int(page_nos[-1]) + 1])
         blocks = np.array(self._blocks, dtype=BLOCK_ROW)
         directory = ContainerDirectory(
             header=ContainerHeader(
@@ -289,10 +289,7 @@ class PageBlobWriter:
         self._raw = held[total:]  # less than a block
         raw = memoryview(held)[:total]
         packed = self._encoder.encode(raw, lengths)
-        at = 0
-        for length, key, stored in zip(lengths, keys, packed, strict=True):
-            self._add_block(raw[at : at + length], stored, key=key)
-            at += length
+        self._add_blocks(lengths, packed, keys=keys)
         failpoints.fp("stage.mid_write")
 
     def _cut(self, *, final: bool) -> tuple[list[int], list[int]]:
@@ -315,12 +312,21 @@ class PageBlobWriter:
         self._raw_slot = slot
         return lengths, keys
 
-    def _add_block(self, raw: bytes | memoryview, stored: bytes | memoryview, *, key: int) -> None:
-        self._blocks.append(
-            (self._raw_offset, self._output.bytes, len(raw), len(stored), key, crc64(stored))
-        )
-        self._output.write(stored)
-        self._raw_offset += len(raw)
+    def _add_blocks(
+        self,
+        raw_lengths: Sequence[int],
+        stored: Sequence[bytes | memoryview],
+        *,
+        keys: Sequence[int],
+    ) -> None:
+        offset = self._output.bytes
+        for raw_bytes, block, key in zip(raw_lengths, stored, keys, strict=True):
+            self._blocks.append(
+                (self._raw_offset, offset, raw_bytes, len(block), key, crc64(block))
+            )
+            self._raw_offset += raw_bytes
+            offset += len(block)
+        self._output.write(b"".join(stored))  # at once: each write waits for the interpreter's lock
 
 
 def _shorter(page: bytes, base_page: bytes) -> bytes:

@@ -31,7 +31,7 @@ def by_the_library(patch: bytes, base: bytes) -> bytes | None:
     reader = zstandard.ZstdDecompressor(dict_data=prefix, format=zstandard.FORMAT_ZSTD1_MAGICLESS)
     try:
         found = reader.decompress(patch, max_output_size=len(base), allow_extra_data=False)
-    except zstandard.ZstdError:
+    except (zstandard.ZstdError, MemoryError):
         return None
     return found if len(found) == len(base) else None
 
@@ -86,3 +86,10 @@ def test_patches_of_another_size_are_damage():
             apply_patch(make_patch(other, other), base)
     with pytest.raises(Damage):
         apply_patch(b"", base)
+
+
+def test_a_patch_that_tells_an_impossible_size_allocates_nothing():
+    """2^62 bytes in one segment, in a header of its own kind."""
+    header = b"\xe0" + (1 << 62).to_bytes(8, "little")
+    with pytest.raises(Damage):
+        apply_patch(header + make_patch(page(1, 4096), page(1, 4096))[2:], page(1, 4096))
