@@ -42,7 +42,8 @@ DICTIONARY_BYTES = 64 * 1024
 DICTIONARY_FROM_BYTES = 4 * 1024 * 1024
 """A blob with fewer bytes of pages does without: the dictionary would cost what it saves."""
 _DICTIONARY_SAMPLES = 512
-_TRAIN_K, _TRAIN_D = 512, 8
+_TRAINING = {"k": 512, "d": 8, "f": 18, "accel": 5}
+"""A smaller table of frequencies, every fifth segment: a fifth of the time for 0.4 % more bytes."""
 
 _PIECE_BYTES = 2032
 _HASHED_IN_PIECES_MAX = 16 * 1024
@@ -172,7 +173,7 @@ def train_dictionary(data: memoryview, *, page_size: int) -> bytes:
     ]
     try:
         trained = zstandard.train_dictionary(
-            DICTIONARY_BYTES, samples, k=_TRAIN_K, d=_TRAIN_D, level=PAGE_ZSTD_LEVEL
+            DICTIONARY_BYTES, samples, level=PAGE_ZSTD_LEVEL, **_TRAINING
         )
     except zstandard.ZstdError:  # too few samples, or all the same
         return b""

@@ -38,6 +38,7 @@ PageNos = npt.NDArray[np.uint32]
 Offsets = npt.NDArray[np.int64]
 Pages = npt.NDArray[np.uint8]
 Selection = npt.NDArray[np.bool_]
+Rows = npt.NDArray[np.intp]
 
 CHECKSUMS_KEPT_BYTES = 16 * 1024 * 1024
 """8 bytes a frame: of 8 GiB of WAL with pages of 4 KiB."""
@@ -94,45 +95,49 @@ class WalPageReader:
 
     async def fill(
         self,
+        pages: Pages,
+        rows: Rows,
         path: Path,
         *,
         offsets: Offsets,
         entry_offsets: Offsets,
         entry_bytes: Offsets,
-        page_size: int,
-    ) -> Pages:
-        """The pages of many frames of one file, in the order given: shape (frames, page_size).
+    ) -> None:
+        """Puts the pages of many frames of one file into `rows` of `pages`, shape (any, page size).
         Raises CorruptWal.
         """
-        entries, first, which = np.unique(entry_offsets, return_index=True, return_inverse=True)
-        sizes = entry_bytes[first]
-        places = [
-            EntryPlace(path, at, size)
-            for at, size in zip(entries.tolist(), sizes.tolist(), strict=True)
-        ]
-        frames = (sizes - ENTRY_HEADER_BYTES) // frame_bytes(page_size)
-        whole = (np.bincount(which) == frames) & (sizes <= SPAN_BYTES_MAX)
-        rows_of = np.split(np.argsort(offsets), np.cumsum(np.bincount(which))[:-1])
-        pages: Pages = np.empty((len(offsets), page_size), dtype=np.uint8)
-        started = self._clock.monotonic()
-        if whole.any():
-            wanted = [(places[at], rows_of[at]) for at in np.flatnonzero(whole).tolist()]
-            await self._run(lambda: _read_entries_blocking(wanted, pages), path=path)
-        left = np.flatnonzero(~whole)
+        page_size, started = pages.shape[1], self._clock.monotonic()
+
+        def fill_whole() -> Rows:
+            return _read_whole_blocking(
+                path, pages, rows,
+                offsets=offsets, entry_offsets=entry_offsets, entry_bytes=entry_bytes,
+            )  # fmt: skip
+
+        left = await self._run(fill_whole, path=path)
         if len(left):
-            known = await self._load_many([places[at] for at in left.tolist()], page_size=page_size)
-            rows = np.concatenate([rows_of[at] for at in left.tolist()])
-            numbers = (offsets - entry_offsets - ENTRY_HEADER_BYTES) // frame_bytes(page_size)
-            expected = np.concatenate(
-                [one[numbers[rows_of[at]]] for one, at in zip(known, left.tolist(), strict=True)]
+            entries, first, which = np.unique(
+                entry_offsets[left], return_index=True, return_inverse=True
             )
-            pages[rows] = await self._run(
-                lambda: _read_pages_blocking(path, offsets[rows], expected, page_size), path=path
+            known = await self._load_many(
+                [
+                    EntryPlace(path, at, size)
+                    for at, size in zip(
+                        entries.tolist(), entry_bytes[left][first].tolist(), strict=True
+                    )
+                ],
+                page_size=page_size,
+            )
+            numbers = (offsets - entry_offsets - ENTRY_HEADER_BYTES) // frame_bytes(page_size)
+            begins = np.cumsum([0, *map(len, known)])[:-1]
+            expected = np.concatenate(known)[begins[which] + numbers[left]]
+            pages[rows[left]] = await self._run(
+                lambda: _read_pages_blocking(path, offsets[left], expected, page_size), path=path
             )
         self._events.debug(
-            "read.served", tier="wal", bytes=pages.nbytes, seconds=self._clock.monotonic() - started
-        )
-        return pages
+            "read.served", tier="wal", bytes=len(rows) * page_size,
+            seconds=self._clock.monotonic() - started,
+        )  # fmt: skip
 
     async def _load(self, entry: EntryPlace, *, page_size: int) -> Checksums:
         known = self._checksums.get(entry)
@@ -249,12 +254,13 @@ class WalPages:
         for number, (_, path) in enumerate(places.segments):
             rows = np.flatnonzero(found.newer & (places.segment == number))
             if len(rows):
-                pages[rows] = await self.reader.fill(
+                await self.reader.fill(
+                    pages,
+                    rows,
                     path,
                     offsets=places.offsets[rows],
                     entry_offsets=places.entry_offsets[rows],
                     entry_bytes=places.entry_bytes[rows],
-                    page_size=pages.shape[1],
                 )
 
     def _lowest_page_count(self) -> int:
@@ -262,9 +268,37 @@ class WalPages:
         return np.iinfo(np.int64).max if lowest is None else lowest
 
 
-def _read_entries_blocking(
-    wanted: Sequence[tuple[EntryPlace, npt.NDArray[np.intp]]], pages: Pages
-) -> None:
+def _read_whole_blocking(
+    path: Path,
+    pages: Pages,
+    rows: Rows,
+    *,
+    offsets: Offsets,
+    entry_offsets: Offsets,
+    entry_bytes: Offsets,
+) -> Rows:
+    """Frames of entries of which every frame is wanted go into `rows` of `pages`; returns which of
+    the frames are left. Raises Damage, OSError.
+    """
+    entries, first, which, wanted = np.unique(
+        entry_offsets, return_index=True, return_inverse=True, return_counts=True
+    )
+    sizes = entry_bytes[first]
+    frames = (sizes - ENTRY_HEADER_BYTES) // frame_bytes(pages.shape[1])
+    whole = (wanted == frames) & (sizes <= SPAN_BYTES_MAX)
+    if whole.any():
+        of_entry = np.split(np.argsort(offsets), np.cumsum(wanted)[:-1])
+        _read_entries_blocking(
+            [
+                (EntryPlace(path, int(entries[at]), int(sizes[at])), rows[of_entry[at]])
+                for at in np.flatnonzero(whole).tolist()
+            ],
+            pages,
+        )
+    return np.flatnonzero(~whole[which])
+
+
+def _read_entries_blocking(wanted: Sequence[tuple[EntryPlace, Rows]], pages: Pages) -> None:
     """Entries of one file, ascending, of which every frame is wanted: each is read once, and its
     own checksum covers all that is taken from it. Its frames go to the given rows of `pages`.
     Raises Damage, OSError.
