@@ -9,6 +9,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from app.cli.units import plain_text
+
 if TYPE_CHECKING:
     from app.cli.screen import Column, Meter
 
@@ -24,7 +26,7 @@ def draw_table(stream: TextIO, columns: "Sequence[Column]", rows: Sequence[Seque
     for column in columns:
         table.add_column(column.name, justify="right" if column.right else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(plain_text(cell, one_line=True)) for cell in row))
     # a narrow terminal wraps the lines; rich would leave out whole columns
     Console(file=stream, width=UNBOUNDED_WIDTH).print(table)
 
@@ -34,7 +36,7 @@ def draw_facts(stream: TextIO, facts: Mapping[str, str]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, escape(value))
+        table.add_row(name, escape(plain_text(value)))
     console_of(stream).print(table)
 
 

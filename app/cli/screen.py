@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from app.cli.failures import Failure
+from app.cli.units import plain_text
 
 Output = Literal["table", "json"]
 
@@ -57,7 +58,7 @@ class Screen:
     def note(self, line: str) -> None:
         """About the doing, for people only; plain text."""
         if not self.as_json:
-            sys.stderr.write(f"{line}\n")
+            sys.stderr.write(f"{plain_text(line)}\n")
 
     def table(
         self, columns: Sequence[Column], rows: Sequence[Sequence[str]], *, empty: str
@@ -81,7 +82,7 @@ class Screen:
             sys.stderr.write(encoded([failure.document()]).decode())
             return
         hint = f"\n{failure.hint}" if failure.hint else ""
-        sys.stderr.write(f"Error: {failure.detail}{hint}\n")
+        sys.stderr.write(f"Error: {plain_text(failure.detail + hint)}\n")
 
     @contextmanager
     def meter(self) -> Iterator[Meter]:

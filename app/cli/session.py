@@ -81,6 +81,13 @@ def explained(error: "ClientError") -> Failure:
     from app.client import ProblemError, ServiceUnreachable  # noqa: PLC0415 - see Session.run
 
     match error:
+        case ProblemError(code="unexpected_answer"):
+            return Failure(
+                f"What answered is no bop-checkpoint service: {error.status} {error.title}.",
+                hint="See --url or BOP_URL; perhaps a proxy is in between.",
+                code=error.code,
+                members={"status": error.status},
+            )
         case ProblemError():
             return Failure(
                 error.detail or error.title,

@@ -26,6 +26,18 @@ def parse_bytes(text: str) -> int:
     return round(float(found[1]) * 1024**power) if "." in found[1] else int(found[1]) << 10 * power
 
 
+def plain_text(text: str, *, one_line: bool = False) -> str:
+    """What others wrote, without what a terminal would obey: control characters and turns of
+    direction are spelled out.
+    """
+    return "".join(
+        one
+        if one.isprintable() or (one == "\n" and not one_line)
+        else one.encode("unicode_escape").decode()
+        for one in text
+    )
+
+
 def seconds_text(seconds: float) -> str:
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"

@@ -44,6 +44,17 @@ def test_approvals_are_listed_and_decided(cli, api):
     assert cli("approvals", "approve", "01A").exit_code == 1
 
 
+def test_a_reason_cannot_move_the_cursor_of_who_decides(cli, api):
+    hidden = {**APPROVAL, "reason": "x\x1b[1A\x1b[2K\nall is well"}
+    api.canned["GET", "/admin/approvals"] = (200, {"items": [hidden], "next_cursor": None})
+    api.canned["POST", "/admin/approvals/01A/reject"] = (200, hidden)
+    for ran in (cli("approvals", "list"), cli("approvals", "reject", "01A")):
+        assert "\x1b" not in ran.stdout
+        assert r"x\x1b[1A\x1b[2K" in ran.stdout
+    assert len(cli("approvals", "list").stdout.splitlines()) == 2
+    assert cli.json("approvals", "list").json["items"] == [hidden]  # programs get it as it is
+
+
 def test_the_audit_log(cli, api):
     api.canned["GET", "/admin/audit"] = (200, {"items": [ENTRY], "next_cursor": None})
     shown = cli("audit").stdout

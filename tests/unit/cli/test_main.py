@@ -155,6 +155,17 @@ def test_a_problem_is_a_sentence_with_what_to_do(cli):
     assert problem["request_id"] == "r1"
 
 
+def test_another_service_is_told_as_such(cli, api):
+    page = "<html>\n<body>\x1b[31mnginx</body></html>"
+    api._before = [lambda request: httpx.Response(502, html=page, request=request)]
+    ran = cli("databases", "show", "acme/events")
+    assert ran.exit_code == 1
+    assert ran.stderr == (
+        "Error: What answered is no bop-checkpoint service: 502 Bad Gateway.\n"
+        "See --url or BOP_URL; perhaps a proxy is in between.\n"
+    )
+
+
 def test_token_and_url_come_from_the_environment_too(cli, api):
     api.token = "secret"
     api.add_database("acme", "events")

@@ -7,6 +7,7 @@ from app.cli.units import (
     bytes_text,
     lsns_text,
     parse_bytes,
+    plain_text,
     rate_text,
     seconds_text,
     time_text,
@@ -33,6 +34,20 @@ def test_bytes(count, text):
 )
 def test_seconds(seconds, text):
     assert seconds_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "on_one_line"),
+    [
+        ("it hangs, größer 完 🙂", "it hangs, größer 完 🙂", "it hangs, größer 完 🙂"),
+        ("two\nlines", "two\nlines", r"two\nlines"),
+        ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"),
+        ("a\rb\x9b1m\u202ec", r"a\rb\x9b1m\u202ec", r"a\rb\x9b1m\u202ec"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_spelled_out(text, shown, on_one_line):
+    assert plain_text(text) == shown
+    assert plain_text(text, one_line=True) == on_one_line
 
 
 def test_ranges_rates_and_times():
