@@ -128,6 +128,20 @@ def test_admin_port_is_reached_by_nobody_unless_named(chart: Chart):
     assert admin_rules(MAXIMAL) == [MAXIMAL["networkPolicy"]["adminFrom"]]
 
 
+def test_the_alerts_know_the_service_whatever_its_release_is_called(chart: Chart):
+    values = {"fullnameOverride": "other", "metrics": {"serviceMonitor": {"enabled": True}}}
+    [monitor] = of_kind(render(chart, values), "ServiceMonitor")
+    [job] = [
+        rule["replacement"]
+        for rule in monitor["spec"]["endpoints"][0]["relabelings"]
+        if rule.get("targetLabel") == "job"
+    ]
+    rules = (CHART / "files" / "rules.yml").read_text()
+    asked = set(re.findall(r'up\{job=~"([^"]+)"\}', rules))
+    assert asked
+    assert all(re.fullmatch(pattern, job) for pattern in asked)
+
+
 @pytest.mark.parametrize("values", [{}, MAXIMAL], ids=["default", "maximal"])
 def test_chart_sets_only_settings_that_exist(chart: Chart, values: dict[str, Any]):
     [config] = [
