@@ -141,6 +141,22 @@ async def uninterrupted(step: Coroutine[Any, Any, T]) -> T:
         raise
 
 
+async def acquired(step: Coroutine[Any, Any, T], *, give_back: Callable[[T], None]) -> T:
+    """What `step` opens; where the caller was cancelled meanwhile it is given back."""
+    held: list[T] = []
+
+    async def keep() -> None:
+        held.append(await step)
+
+    try:
+        await uninterrupted(keep())
+    except BaseException:
+        for one in held:
+            give_back(one)
+        raise
+    return held[0]
+
+
 class BlockingPool:
     """A bounded thread pool for functions whose names end in `_blocking`."""
 

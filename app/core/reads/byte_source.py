@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
-from app.core.base.tasks import BlockingPool, uninterrupted
+from app.core.base.tasks import BlockingPool, acquired, uninterrupted
 from app.core.formats.damage import Damage
 
 Tier = Literal["wal", "local", "remote"]
@@ -54,18 +54,9 @@ class LocalFile:
 
     @classmethod
     async def open(cls, path: Path, *, tier: Tier, pool: BlockingPool) -> "LocalFile":
-        opened: list[int] = []
-
-        async def open_and_keep() -> None:
-            opened.append(await pool.run(os.open, path, os.O_RDONLY | os.O_CLOEXEC))
-
-        try:
-            await uninterrupted(open_and_keep())
-        except BaseException:
-            for descriptor in opened:
-                os.close(descriptor)
-            raise
-        descriptor = opened[0]
+        descriptor = await acquired(
+            pool.run(os.open, path, os.O_RDONLY | os.O_CLOEXEC), give_back=os.close
+        )
         return cls(descriptor, tier=tier, pool=pool, on_close=lambda: os.close(descriptor))
 
     async def read(self, first: int, length: int) -> bytes:

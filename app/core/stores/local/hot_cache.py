@@ -23,7 +23,7 @@ from typing import Self
 
 from app.core.base.errors import InvariantViolation
 from app.core.base.events import Events
-from app.core.base.tasks import BlockingPool, uninterrupted
+from app.core.base.tasks import BlockingPool, acquired, uninterrupted
 from app.core.stores.file_account import CacheAccount, NoAccount
 from app.core.stores.local.cache_files import CachedFile, CacheFiles, is_sha256
 from app.core.stores.local.cache_writer import CacheWriter
@@ -219,25 +219,19 @@ class HotCache:
         return pinned
 
     async def _open(self, sha256: str, entry: _Entry) -> PinnedFile:
-        opened: list[int] = []
-
-        async def open_and_keep() -> None:
-            opened.append(await self._pool.run(self._files.open_file_blocking, sha256))
-
         try:
-            await uninterrupted(open_and_keep())
-            descriptor = opened[0]
-            return PinnedFile(
-                descriptor,
-                sha256=sha256,
-                size_bytes=os.fstat(descriptor).st_size,
-                on_close=lambda: self._unpin(entry),
+            descriptor = await acquired(
+                self._pool.run(self._files.open_file_blocking, sha256), give_back=os.close
             )
         except BaseException:
             self._unpin(entry)
-            for descriptor in opened:
-                os.close(descriptor)
             raise
+        return PinnedFile(
+            descriptor,
+            sha256=sha256,
+            size_bytes=os.fstat(descriptor).st_size,
+            on_close=lambda: self._unpin(entry),
+        )
 
     def _unpin(self, entry: _Entry) -> None:
         entry.pins -= 1

@@ -1,9 +1,9 @@
 """Blobs in a local directory, with the semantics of an object store: the embedded default.
 
 Invariants: an object appears whole or not at all, and is on the disk (file and directory synced)
-when a put returns; the CRC-64/NVME is computed over the very bytes that are written and must be the
-body's (I2); `head_blob` computes it anew from the disk, so bit rot shows (I10); a failed put leaves
-nothing behind (I13). Keys are validated, and never leave the root.
+when a put returns or a head finds it; the CRC-64/NVME is computed over the very bytes that are
+written and must be the body's (I2); `head_blob` computes it anew from the disk, so bit rot shows
+(I10); a failed put leaves nothing behind (I13). Keys are validated, and never leave the root.
 Concurrency: every change happens under one flock on the root, so conditional writes have one
 winner among threads and processes alike; reads take no lock and see the object they opened.
 Cancellation: the step that runs in the pool ends on its own; the change is whole or absent.
@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from app.core.base import failpoints
 from app.core.base.errors import BopError, CorruptBlob, DiskFull, OutcomeUnknown, RemoteUnavailable
-from app.core.base.tasks import BlockingPool
+from app.core.base.tasks import BlockingPool, acquired
 from app.core.formats.crc64 import crc64
 from app.core.stores.remote.directory_files import (
     COPY_BYTES,
@@ -46,6 +46,7 @@ from app.core.stores.remote.protocol import (
 
 READ_BYTES = 256 * 1024
 LIST_BATCH_COUNT = 1000
+DURABLE_COUNT_MAX = 10_000
 
 # Keys have no segment that begins with a dot, so these names are never an object's.
 _LOCK_NAME = ".lock"
@@ -57,6 +58,8 @@ class DirectoryRemoteStore:
         self._root = root
         self._pool = pool
         self._numbers = itertools.count()
+        self._durable: set[Path] = set()
+        """Directories that are on the disk with all their names. Under the lock."""
 
     @classmethod
     async def open(cls, root: Path, *, pool: BlockingPool) -> Self:
@@ -110,7 +113,10 @@ class DirectoryRemoteStore:
     async def iter_blob(
         self, key: str, *, first: int = 0, length: int | None = None
     ) -> AsyncIterator[bytes]:
-        fd, end = await self._pool.run(self._open_range_blocking, key, first, length)
+        fd, end = await acquired(
+            self._pool.run(self._open_range_blocking, key, first, length),
+            give_back=lambda opened: os.close(opened[0]),
+        )
         try:
             offset = first
             while offset < end:
@@ -136,7 +142,12 @@ class DirectoryRemoteStore:
 
     def _open_blocking(self) -> None:
         with self._errors("open", ""):
-            self._root.mkdir(parents=True, exist_ok=True)
+            try:
+                self._root.mkdir(parents=True, exist_ok=True)
+            except FileExistsError as error:
+                raise NotADirectoryError(errno.ENOTDIR, "no directory", self._root) from error
+            with contextlib.suppress(PermissionError):  # one that we may not read, we have not made
+                sync_directory(self._root.parent)
             temporary = self._root / _TEMPORARY_NAME
             with self._lock():
                 temporary.mkdir(exist_ok=True)
@@ -158,12 +169,11 @@ class DirectoryRemoteStore:
             os.fsync(fd)
             failpoints.fp("directory.before_place")
             with self._lock():
-                made = make_directories(self._root, target.parent)
+                self._durable -= {target.parent, *make_directories(self._root, target.parent)}
                 place(temporary, target)
                 with _unknown_from_here(key):
                     failpoints.fp("directory.mid_place")
-                    for directory in (*made, target.parent):
-                        sync_directory(directory)
+                    self._make_durable(target.parent)
                     found = target.stat()
         return _info(key, found, crc=checksum)
 
@@ -192,8 +202,9 @@ class DirectoryRemoteStore:
                     continue
                 except OSError:
                     failed.append(key)
-            for directory in sorted(changed, reverse=True):
+            for directory in sorted(changed):
                 sync_directory(directory)
+            for directory in changed:
                 self._prune(directory)
         return tuple(failed)
 
@@ -203,7 +214,8 @@ class DirectoryRemoteStore:
             try:
                 directory.rmdir()
             except OSError:
-                return  # not empty
+                return  # not empty, or gone with another
+            self._durable.discard(directory)
             directory = directory.parent
 
     # --- reading ------------------------------------------------------------------------------
@@ -223,6 +235,10 @@ class DirectoryRemoteStore:
                     checksum = crc64(data, checksum)
             finally:
                 os.close(fd)
+            with self._lock():  # what is found may lie where a put broke off, in whatever process
+                if not path.exists():
+                    return None
+                self._make_durable(path.parent)
         return _info(key, found, crc=checksum)
 
     def _get_blocking(self, key: str, first: int, length: int | None) -> bytes:
@@ -277,6 +293,17 @@ class DirectoryRemoteStore:
                         waiting.append(key)
                 elif key.startswith(prefix):
                     yield _info(key, found, crc=None)
+
+    def _make_durable(self, directory: Path) -> None:
+        """Syncs what is not known to be on the disk, from the directory up to the root."""
+        if len(self._durable) > DURABLE_COUNT_MAX:
+            self._durable.clear()
+        for each in (directory, *directory.parents):
+            if each not in self._durable:
+                sync_directory(each)
+                self._durable.add(each)
+            if each == self._root:
+                return
 
     # --- helpers ------------------------------------------------------------------------------
 

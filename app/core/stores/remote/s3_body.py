@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from app.core.base.errors import CorruptBlob
-from app.core.base.tasks import BlockingPool
+from app.core.base.tasks import BlockingPool, acquired
 
 PIECE_BYTES = 1024 * 1024
 
@@ -96,7 +96,9 @@ class OpenedFile:
         self.fd = -1
 
     async def __aenter__(self) -> Self:
-        self.fd = await self._pool.run(os.open, self._path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = await acquired(
+            self._pool.run(os.open, self._path, os.O_RDONLY | os.O_CLOEXEC), give_back=os.close
+        )
         found = os.fstat(self.fd).st_size
         if found != self._length:
             os.close(self.fd)

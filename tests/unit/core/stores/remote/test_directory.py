@@ -14,8 +14,10 @@ from app.core.base.tasks import BlockingPool
 from app.core.stores.remote import directory as directory_module
 from app.core.stores.remote.directory import DirectoryRemoteStore
 from app.core.stores.remote.protocol import RemoteMisconfigured, RemoteStore
+from tests.helpers.open_files import open_files_below
 from tests.helpers.remote import bytes_body, file_body, opened_remote
 from tests.helpers.remote_contract import RemoteStoreContract
+from tests.helpers.wait import wait_until
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ async def test_two_stores_on_one_directory_have_one_winner(root: Path) -> None:
 async def test_changes_are_made_one_at_a_time(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the look at an object and its replacement nobody else changes anything."""
     inside, most = 0, 0
-    make, sync = directory_module.make_directories, directory_module.sync_directory
+    make, sync = directory_module.make_directories, DirectoryRemoteStore._make_durable
 
     def enter(at: Path, wanted: Path) -> list[Path]:
         nonlocal inside, most
@@ -121,13 +123,13 @@ async def test_changes_are_made_one_at_a_time(root: Path, monkeypatch: pytest.Mo
         threading.Event().wait(0.005)  # room for another to come in, if it can
         return make(at, wanted)
 
-    def leave(directory: Path) -> None:
+    def leave(store: DirectoryRemoteStore, directory: Path) -> None:
         nonlocal inside
-        sync(directory)
+        sync(store, directory)
         inside -= 1
 
     monkeypatch.setattr(directory_module, "make_directories", enter)
-    monkeypatch.setattr(directory_module, "sync_directory", leave)
+    monkeypatch.setattr(DirectoryRemoteStore, "_make_durable", leave)
     url = f"file://{root}"
     async with opened_remote(url) as one, opened_remote(url) as two:
         await asyncio.gather(
@@ -166,6 +168,91 @@ async def test_a_failed_sync_of_the_directory_is_an_unknown_outcome(
         await store.put_blob("blob", bytes_body(b"x"))
 
 
+async def test_what_cannot_be_synced_is_not_confirmed_by_a_look_at_it(
+    root: Path, store: RemoteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look finds it in memory; a power cut may still take it."""
+    sync, broken = directory_module.sync_directory, True
+
+    def fail(directory: Path) -> None:
+        if broken:
+            raise OSError(errno.EIO, "Input/output error")
+        sync(directory)
+
+    monkeypatch.setattr(directory_module, "sync_directory", fail)
+    body = bytes_body(b"x")
+    with pytest.raises(OutcomeUnknown):
+        await store.put_blob("a/blob", body)
+    with pytest.raises(OutcomeUnknown):
+        await store.put_if_absent("a/document", body)
+    with pytest.raises(RemoteUnavailable):
+        await store.head_blob("a/blob")
+    broken = False
+    found = await store.head_blob("a/blob")
+    assert found is not None
+    assert (found.bytes, found.crc64) == (body.bytes, body.crc64)
+
+
+async def test_what_an_earlier_process_put_is_synced_before_it_is_confirmed(
+    root: Path, pool: BlockingPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have died between giving the object its name and syncing that, or the directories."""
+    store = await DirectoryRemoteStore.open(root, pool=pool)
+    await store.put_blob("a/b/blob", bytes_body(b"x"))
+    synced: list[Path] = []
+    monkeypatch.setattr(directory_module, "sync_directory", synced.append)
+    store = await DirectoryRemoteStore.open(root, pool=pool)
+    assert synced == [root.parent]
+    del synced[:]
+    assert await store.head_blob("a/b/blob") is not None
+    assert set(synced) == {root, root / "a", root / "a/b"}
+    assert await store.head_blob("a/b/blob") is not None
+    assert len(synced) == 3
+    await store.put_blob("a/b/other", bytes_body(b"x"))
+    assert synced[3:] == [root / "a/b"]
+    await store.put_blob("a/c/other", bytes_body(b"x"))
+    assert set(synced[4:]) == {root / "a", root / "a/c"}
+    del synced[:]
+    assert await store.delete_blobs(["a/b/blob", "a/b/other"]) == ()
+    await store.put_blob("a/b/blob", bytes_body(b"x"))
+    assert set(synced) == {root / "a/b", root / "a"}
+
+
+async def test_objects_of_a_directory_and_of_one_below_it_are_deleted_in_one_call(
+    root: Path, pool: BlockingPool
+) -> None:
+    store = await DirectoryRemoteStore.open(root, pool=pool)
+    keys = ["a/1", "a/b/2", "a/b/c/3"]
+    for key in keys:
+        await store.put_blob(key, bytes_body(b"x"))
+    assert await store.delete_blobs(keys) == ()
+    assert not (root / "a").exists()
+
+
+async def test_a_stream_given_up_while_its_file_is_opened_leaves_nothing_open(
+    root: Path, store: RemoteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.put_blob("blob", bytes_body(b"x"))
+    opening, go_on = threading.Event(), threading.Event()
+    open_range = DirectoryRemoteStore._open_range_blocking
+
+    def slowly(*args: object) -> tuple[int, int]:
+        opened = open_range(*args)  # type: ignore[arg-type]
+        opening.set()
+        assert go_on.wait(30)
+        return opened
+
+    monkeypatch.setattr(DirectoryRemoteStore, "_open_range_blocking", slowly)
+    reading = asyncio.ensure_future(anext(store.iter_blob("blob")))
+    assert await asyncio.to_thread(opening.wait, 30)
+    reading.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    await wait_until(lambda: open_files_below(root) == [], timeout=10)
+
+
 async def test_file_and_directories_are_synced_before_a_put_returns(
     root: Path, pool: BlockingPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +277,8 @@ async def test_a_directory_that_cannot_be_made_says_so(tmp_path: Path, pool: Blo
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises((RemoteMisconfigured, RemoteUnavailable)):
         await DirectoryRemoteStore.open(tmp_path / "file" / "remote", pool=pool)
+    with pytest.raises(RemoteMisconfigured):
+        await DirectoryRemoteStore.open(tmp_path / "file", pool=pool)
 
 
 async def test_a_stream_survives_the_deletion_of_its_object(store: RemoteStore) -> None:
