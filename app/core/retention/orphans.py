@@ -1,10 +1,10 @@
 """Objects under the prefix that nobody knows: found by a listing, told, and deleted if asked.
 
 They come from an upload that landed after its job had given up (a cancelled PUT may), or after its
-key had been collected. Invariants: I8: nothing is taken on the word of a listing that did not end,
-nor what is younger than the minimum age, nor a key whose job has not ended; what is deleted goes
-the way of all blobs: doomed, proven again, deleted by the collector. A key that this service could
-not have made is told, never touched.
+key had been collected, or from a start-up probe that was cut short. Invariants: I8: nothing is
+taken on the word of a listing that did not end, nor what is younger than the minimum age, nor a key
+whose job has not ended; what is deleted goes the way of all blobs: doomed, proven again, deleted by
+the collector. A key that this service could not have made is told, never touched.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +19,7 @@ from app.core.stores.manifest.view import ManifestView
 from app.core.stores.remote.keys import (
     CHECKPOINTS_PREFIX,
     DOCUMENTS_PREFIX,
+    PROBE_PREFIX,
     SNAPSHOTS_PREFIX,
     ChunkKey,
     DeltaKey,
@@ -28,7 +29,7 @@ from app.core.stores.remote.keys import (
 )
 from app.core.stores.remote.protocol import BlobInfo, RemoteStore
 
-PREFIXES = (CHECKPOINTS_PREFIX, DOCUMENTS_PREFIX, SNAPSHOTS_PREFIX)
+PREFIXES = (CHECKPOINTS_PREFIX, DOCUMENTS_PREFIX, SNAPSHOTS_PREFIX, PROBE_PREFIX)
 LOOKED_UP_AT_ONCE = 1000
 ORPHANS_MAX = 100_000
 """Of one sweep; the next finds the rest."""

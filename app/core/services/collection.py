@@ -14,6 +14,7 @@ from app.core.stores.remote.keys import (
     OWNER_KEY,
     GenerationDocumentKey,
     SnapshotMetaKey,
+    TenantKey,
     parse_key,
 )
 from app.core.workers.collector import Collector, RoundReport, RoundRequest
@@ -55,7 +56,7 @@ class Collection:
         the tenant that it belongs to (I12).
         """
         parsed = parse_key(key)
-        if parsed is not None and not sees(parsed.tenant):
+        if isinstance(parsed, TenantKey) and not sees(parsed.tenant):
             return BlobExplanation(key=key, state="unknown", reasons=())
         return await self._manifest.read_in_thread(lambda view: self._explain(view, key, sees))
 

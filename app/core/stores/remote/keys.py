@@ -6,6 +6,7 @@ a dot: safe as an S3 key, as a path below a directory, and in a log line.
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from app.core.base.errors import InvalidRequest
 from app.core.base.ids import is_name
@@ -25,7 +26,11 @@ _SHA256_HEX = re.compile(r"[0-9a-f]{64}")
 _CHUNK = re.compile(r"chunk-([0-9]+)-([0-9]+)-([0-9a-f]{64})\.blob")
 _DELTA = re.compile(r"delta-([0-9]+)-([0-9]+)-([0-9]+)-([0-9a-f]{64})\.blob")
 _META = re.compile(r"meta-([0-9a-f]{64})\.json")
+_PROBE = re.compile(r"[0-9a-f]{20}")
 _DOCUMENT = re.compile(r"([0-9]{10,})\.json\.zst")
+
+
+ProbeName = Literal["object", "absent"]
 
 
 class InvalidKey(InvalidRequest):
@@ -103,7 +108,19 @@ class GenerationDocumentKey:
         )
 
 
-Key = ChunkKey | DeltaKey | SnapshotMetaKey | GenerationDocumentKey
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeKey:
+    """What a start-up probe writes, and deletes unless it is cut short. No tenant's."""
+
+    probe: str
+    name: ProbeName
+
+    def __str__(self) -> str:
+        return probe_key(probe=self.probe, name=self.name)
+
+
+TenantKey = ChunkKey | DeltaKey | SnapshotMetaKey | GenerationDocumentKey
+Key = TenantKey | ProbeKey
 
 
 def chunk_key(
@@ -150,6 +167,13 @@ def documents_prefix(*, tenant: str, database: str, db_id: int) -> str:
     return f"{DOCUMENTS_PREFIX}{_name(tenant)}/{_name(database)}/{_number(db_id)}/"
 
 
+def probe_key(*, probe: str, name: ProbeName) -> str:
+    """`probe` is 20 hexadecimal digits, drawn anew by each."""
+    if _PROBE.fullmatch(probe) is None:
+        raise InvalidKey(f"{probe[:100]!r} is no probe.")
+    return f"{PROBE_PREFIX}{probe}/{name}"
+
+
 def parse_key(key: str) -> Key | None:
     """The parts of a key that this module built; None for any other object."""
     parts = key.split("/")
@@ -186,6 +210,8 @@ def parse_key(key: str) -> Key | None:
             parsed = GenerationDocumentKey(
                 tenant=tenant, database=database, db_id=int(db_id), generation=int(found[1])
             )
+        case ["probe", probe, ("object" | "absent") as name]:
+            parsed = ProbeKey(probe=probe, name=name)
         case _:
             return None
     try:

@@ -1,7 +1,7 @@
 """Asks the endpoint, once at the start, whether it can do what the invariants rest on.
 
 Writes, re-writes on conditions, reads a range, asks for a checksum, lists and deletes under the
-prefix, and says plainly what is lacking.
+prefix, and says plainly what is lacking. What a crash leaves of it is swept with other orphans.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from app.core.base.clock import Randomness
 from app.core.base.errors import BopError
 from app.core.formats.crc64 import crc64
-from app.core.stores.remote.keys import PROBE_PREFIX
+from app.core.stores.remote.keys import PROBE_PREFIX, probe_key
 from app.core.stores.remote.protocol import (
     BytesBody,
     RemoteMisconfigured,
@@ -45,12 +45,12 @@ async def probe(remote: RemoteStore, *, randomness: Randomness) -> ProbeReport:
 
 async def inspect_endpoint(remote: RemoteStore, *, randomness: Randomness) -> ProbeReport:
     """Raises RemoteUnavailable (RemoteMisconfigured for credentials and the like)."""
-    where = f"{PROBE_PREFIX}{randomness.bits(80):020x}"
+    drawn = f"{randomness.bits(80):020x}"
     lacks: list[str] = []
-    key, absent = f"{where}/object", f"{where}/absent"
+    key, absent = probe_key(probe=drawn, name="object"), probe_key(probe=drawn, name="absent")
     async with _removed(remote, key, absent):
         await _inspect_writes(remote, key, absent, lacks)
-        await _inspect_reads(remote, key, f"{where}/", lacks)
+        await _inspect_reads(remote, key, f"{PROBE_PREFIX}{drawn}/", lacks)
     if lacks:
         return ProbeReport(lacks=tuple(lacks))
     if await remote.head_blob(key) is not None:

@@ -279,6 +279,17 @@ async def test_what_is_known_young_or_foreign_is_no_orphan(bench: Bench) -> None
     assert [info.key for info in (await bench.sweep()).orphans] == []
 
 
+async def test_what_a_probe_left_that_was_cut_short_is_an_orphan(bench: Bench) -> None:
+    left = [f"probe/{'0a' * 10}/object", f"probe/{'0b' * 10}/absent"]
+    strange = f"probe/{'0a' * 10}/elses"
+    await bench.remote.add(*left, strange)
+    report = await bench.sweep(delete=True)
+    assert sorted(info.key for info in report.orphans) == left
+    assert (report.foreign, report.queued) == ([strange], 2)
+    await bench.blobs.collect(NOW)
+    assert list(bench.remote.objects) == [strange]
+
+
 @pytest.mark.parametrize("after", [0, 1, 2])
 async def test_a_listing_that_breaks_off_deletes_nothing(bench: Bench, after: int) -> None:
     """Row 40."""

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from app.core.base.clock import SeededRandomness
 from app.core.base.errors import DiskFull, OutcomeUnknown, RemoteUnavailable
 from app.core.base.tasks import BlockingPool
 from app.core.stores.remote import directory as directory_module
 from app.core.stores.remote.directory import DirectoryRemoteStore
+from app.core.stores.remote.keys import ProbeKey, parse_key
+from app.core.stores.remote.probe import inspect_endpoint
 from app.core.stores.remote.protocol import RemoteMisconfigured, RemoteStore
 from tests.helpers.open_files import open_files_below
 from tests.helpers.remote import bytes_body, file_body, opened_remote
@@ -279,6 +282,21 @@ async def test_a_directory_that_cannot_be_made_says_so(tmp_path: Path, pool: Blo
         await DirectoryRemoteStore.open(tmp_path / "file" / "remote", pool=pool)
     with pytest.raises(RemoteMisconfigured):
         await DirectoryRemoteStore.open(tmp_path / "file", pool=pool)
+
+
+async def test_what_a_probe_leaves_that_is_cut_short_has_keys_of_ours(
+    root: Path, store: RemoteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the orphan sweep may take it."""
+
+    async def cut_short(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(DirectoryRemoteStore, "head_blob", cut_short)
+    with pytest.raises(asyncio.CancelledError):
+        await inspect_endpoint(store, randomness=SeededRandomness(1))
+    [left] = files_below(root)
+    assert isinstance(parse_key(left), ProbeKey)
 
 
 async def test_a_stream_survives_the_deletion_of_its_object(store: RemoteStore) -> None:

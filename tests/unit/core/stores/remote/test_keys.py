@@ -11,6 +11,7 @@ from app.core.stores.remote.keys import (
     DeltaKey,
     GenerationDocumentKey,
     InvalidKey,
+    ProbeKey,
     SnapshotMetaKey,
     check_key,
     check_prefix,
@@ -18,6 +19,7 @@ from app.core.stores.remote.keys import (
     delta_key,
     generation_document_key,
     parse_key,
+    probe_key,
     snapshot_meta_key,
 )
 
@@ -52,6 +54,16 @@ def test_as_the_design_writes_them() -> None:
         generation_document_key(tenant="acme", database="log", db_id=9, generation=12)
         == "generations/acme/log/9/0000000012.json.zst"
     )
+
+
+def test_keys_of_probes_read_back() -> None:
+    key = ProbeKey(probe="0f" * 10, name="absent")
+    assert str(key) == f"probe/{'0f' * 10}/absent"
+    assert parse_key(str(key)) == key
+    for text in ("probe/0f/object", f"probe/{'0F' * 10}/object", f"probe/{'0f' * 10}/other"):
+        assert parse_key(text) is None
+    with pytest.raises(InvalidKey):
+        probe_key(probe="../etc", name="object")
 
 
 @given(names, names, numbers, numbers, numbers, hashes)
