@@ -73,29 +73,32 @@ class TaskScope:
 
 async def run_beside(main: Coroutine[Any, Any, T], companion: Coroutine[Any, Any, None]) -> T:
     """The result of `main`. If `companion` ends or fails first, `main` is cancelled and
-    the companion's error raised; when `main` ends, the companion is cancelled. Both are joined.
+    the companion's error raised; when `main` ends, the companion is cancelled. Both are joined. A
+    FatalError that one of them ends in is raised whatever came first (I16).
     """
     loop = asyncio.get_running_loop()
     main_task, side_task = loop.create_task(main), loop.create_task(companion)
-    both: set[asyncio.Task[Any]] = {main_task, side_task}
+    both: tuple[asyncio.Task[Any], ...] = (main_task, side_task)
     try:
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not main_task.done():
-            main_task.cancel()
-            await asyncio.wait({main_task})
-            side_task.result()
-        return main_task.result()
+        main_was_first = main_task.done()
     finally:
         for task in both:
             task.cancel()
         await asyncio.wait(both)
+        for task in both:
+            if not task.cancelled() and isinstance(failure := task.exception(), FatalError):
+                raise failure
+    if not main_was_first:
+        side_task.result()
+    return main_task.result()
 
 
 async def for_each(
     items: Iterable[S], function: Callable[[S], Coroutine[Any, Any, T]], *, limit: int
 ) -> list[T]:
     """Results in the order of `items`, at most `limit` at a time. The first error cancels the
-    others, waits for them, and is raised itself (not as a group).
+    others, waits for them, and is raised itself (not as a group), unless one is a FatalError.
     """
     gate = asyncio.Semaphore(limit)
 
@@ -107,20 +110,27 @@ async def for_each(
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(item)) for item in items]
     except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from errors.exceptions[0].__cause__
+        gravest = _gravest(errors)
+        raise gravest from gravest.__cause__
     return [task.result() for task in tasks]
 
 
 async def both(first: Coroutine[Any, Any, S], second: Coroutine[Any, Any, T]) -> tuple[S, T]:
     """Runs the two side by side. The first error cancels the other, waits for it, and is raised
-    itself (not as a group).
+    itself (not as a group), unless the other's is a FatalError.
     """
     try:
         async with asyncio.TaskGroup() as group:
             one, two = group.create_task(first), group.create_task(second)
     except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from errors.exceptions[0].__cause__
+        gravest = _gravest(errors)
+        raise gravest from gravest.__cause__
     return one.result(), two.result()
+
+
+def _gravest(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    fatal = (error for error in errors.exceptions if isinstance(error, FatalError))
+    return next(fatal, errors.exceptions[0])
 
 
 async def uninterrupted(step: Coroutine[Any, Any, T]) -> T:

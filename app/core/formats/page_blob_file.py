@@ -21,7 +21,7 @@ from app.core.formats.container import (
 from app.core.formats.damage import Damage
 from app.core.formats.page_blob import PageBlobDirectory, PageNos, Positions
 from app.core.formats.page_blob_writer import BasePages, PageBatch
-from app.core.formats.page_codec import page_digests
+from app.core.formats.page_codec import PAGE_DIGEST_BYTES, page_digests
 
 _PAGES_AT_ONCE_BYTES = 4 * 1024 * 1024
 _BLOCKS_AT_ONCE = 64
@@ -95,7 +95,7 @@ class PageBlobFile:
             page_nos = directory.page_nos[positions]
             data = memoryview(self._unpack(positions, page_nos, base))
             found = b"".join(page_digests(data, page_size=directory.page_size))
-            if found != digests[16 * first : 16 * first + len(found)]:
+            if found != digests[PAGE_DIGEST_BYTES * first :][: len(found)]:
                 raise Damage("a page does not have its digest")
             yield PageBatch(page_nos=page_nos, data=data)
 

@@ -230,7 +230,7 @@ class BlockDecoder:
         try:
             if zstandard.get_frame_parameters(stored).content_size != raw_bytes:
                 raise Damage("a zstd frame of another size than its block")
-            reader = self._idle.pop() if self._idle else self._reader()
+            reader = self._reader()
             raw = reader.decompress(stored, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise Damage("a block that zstd cannot decompress") from error
@@ -238,8 +238,12 @@ class BlockDecoder:
         return raw
 
     def _reader(self) -> zstandard.ZstdDecompressor:
-        assert self._dictionary is not None
-        return zstandard.ZstdDecompressor(dict_data=self._dictionary)
+        """An idle one, or a new one."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            assert self._dictionary is not None
+            return zstandard.ZstdDecompressor(dict_data=self._dictionary)
 
 
 def _compressor(dictionary: bytes) -> zstandard.ZstdCompressor:

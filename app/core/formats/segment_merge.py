@@ -49,6 +49,8 @@ def merge_segments_blocking(
                 raise Damage(f"a chunk begins at LSN {each.first_lsn} instead of {lsn}")
             for block in iter_entry_blocks_blocking(each.descriptor, codec=each.codec):
                 places = scan_record_entries(block, first_lsn=lsn)
+                if not places:
+                    raise Damage("a block without an entry")
                 for place in places:
                     index.add(
                         first_lsn=place.first_lsn, offset=at + place.start - ENTRY_HEADER_BYTES

@@ -95,8 +95,8 @@ class LogFrames:
         return self.index
 
     async def footer_at(self, lsn: int) -> FrameFooter | None:
-        """What the request that ends with `lsn` left; None if none in the WAL does so. Raises
-        CorruptWal.
+        """What the request that ends with `lsn`, which the caller has pinned, left; None if none
+        in the WAL does so. Raises CorruptWal, OSError.
         """
         if self.last is not None and self.last.last_lsn == lsn:
             return self.last.footer

@@ -114,7 +114,7 @@ class _Recovery:
             known = {row.segment_id for row in self._rows}
             found.unregistered_ids = tuple(sorted(self._files - known))
             self._keep_newer_than_rows()
-        found.remembered = self._requests.found
+        found.remembered = list(self._requests.found)
         found.next_lsn = max(
             found.next_lsn,
             *(row.last_lsn + 1 for row in self._rows if row.state != "open"),
@@ -289,7 +289,8 @@ class _Recovery:
                 _set_end(segment, boundary if position == boundary.position else None)
                 self._found.to_cut.append(segment)
         lsn = boundary.marks.next_lsn
-        self._requests.found = [one for one in self._requests.found if one.append.last_lsn < lsn]
+        while self._requests.found and self._requests.found[-1].append.last_lsn >= lsn:
+            self._requests.found.pop()
         self._found.cut = Cut(
             segment_id=torn.segment_id, lsn=lsn, offset=torn.written.entries_end,
             reason=tail.stop or "a request is incomplete",

@@ -3,13 +3,14 @@
 Only bytes are judged here; nothing is changed.
 """
 
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 
 from app.core.formats.damage import Damage
 from app.core.formats.segment import EntryFlag, EntryHeader, pack_directory
-from app.core.stores.wal.remembered import RememberedAppend, SegmentAppend
+from app.core.stores.wal.remembered import REMEMBERED_COUNT_MAX, RememberedAppend, SegmentAppend
 from app.core.stores.wal.scan import SegmentReader
 from app.core.stores.wal.segments import Segment, SegmentMarks
 
@@ -115,10 +116,13 @@ def marks_after(marks: SegmentMarks, entry: EntryHeader, *, offset: int) -> Segm
 
 
 class KeyedRequests:
-    """Finds the keyed appends again. One whose beginning is gone is in the manifest already."""
+    """Finds the keyed appends again, the newest of them: small ones, a WAL may hold in millions.
+    One whose beginning is gone is in the manifest already.
+    """
 
     def __init__(self) -> None:
-        self.found: list[SegmentAppend] = []
+        # As many again, of which the end of the log may yet be cut off.
+        self.found: deque[SegmentAppend] = deque(maxlen=2 * REMEMBERED_COUNT_MAX)
         self._first: EntryHeader | None = None
         self._segment_id = 0
         self._payload_bytes = 0

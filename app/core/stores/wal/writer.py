@@ -74,6 +74,8 @@ class LogWriter:
             for run in plan.runs:
                 segment = self._target(run, tail)
                 targets.append((segment, run))
+                if run.creates:
+                    segment.identity = self._disk.identify(segment.path)
                 self._write_run(segment, run, durable_lsn=durable_lsn, now_us=now_us)
             failpoints.fp("wal.after_write")
         except OSError as error:
@@ -159,7 +161,6 @@ class LogWriter:
         # chunk is a link to its segment's inode.
         self._disk.unlink(path)
         segment.fd = self._disk.create(path)
-        segment.identity = self._disk.identify(path)
         return segment
 
     def _write_run(self, segment: Segment, run: Run, *, durable_lsn: int, now_us: int) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from app.core.formats import chunk
 from app.core.formats.chunk import LogIdentity, write_log_blocking
 from app.core.formats.damage import Damage
 from app.core.formats.segment import EngineCode, SegmentHeader
@@ -94,6 +95,21 @@ def test_a_gap_is_refused(tmp_path, made):
     apart = [made[0], made[2]]
     with pytest.raises(Damage, match="instead of 105"):
         merge(apart, files_of(apart, "none", tmp_path), tmp_path / "m")
+
+
+def test_a_block_without_an_entry_is_damage(tmp_path, made, monkeypatch):
+    """No writer cuts so; a container that is intact may still say so."""
+    monkeypatch.setattr(
+        chunk, "plan_log_blocks",
+        lambda summary, _: [
+            (summary.first_lsn, 0), (summary.first_lsn, 64),
+            (summary.last_lsn + 1, summary.entries_end),
+        ],
+    )  # fmt: skip
+    files = files_of(made[:1], "zstd", tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(Damage, match="without an entry"):
+        merge(made[:1], files, tmp_path / "m", codec="zstd")
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])

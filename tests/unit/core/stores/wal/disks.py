@@ -38,6 +38,10 @@ class FaultyDisk(SystemDisk):
         self._pass("create")
         return super().create(path)
 
+    def identify(self, path: Path) -> tuple[int, int]:
+        self._pass("identify")
+        return super().identify(path)
+
     def open(self, path: Path, *, writable: bool) -> int:
         self._pass("open")
         return super().open(path, writable=writable)

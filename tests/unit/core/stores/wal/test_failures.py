@@ -8,6 +8,7 @@ import pytest
 
 from app.core.base.errors import DiskFull, NotReady, StorageFailure
 from app.core.stores.wal.writer import write_all
+from tests.helpers.open_files import open_files_below
 from tests.unit.core.stores.wal.builders import (
     Place,
     append,
@@ -174,6 +175,19 @@ async def test_a_failure_of_the_disk_ends_all_logs_at_once(
             await store.open_log(config(db_id=3), ())
     assert len(place.fatal) == 1
     assert isinstance(place.fatal[0], StorageFailure)
+
+
+async def test_a_new_segment_that_cannot_be_looked_at_leaves_nothing(
+    place: Place, disk: FaultyDisk
+) -> None:
+    async with place.log() as log:
+        disk.fail("identify", errno.ENOMEM)
+        with pytest.raises(NotReady):
+            await append(log, b"one")
+        assert place.files() == []
+        assert open_files_below(place.root) == []
+        assert (await append(log, b"one")).first_lsn == 1
+    assert place.fatal == []
 
 
 async def test_a_failed_truncation_is_fatal(place: Place, disk: FaultyDisk) -> None:

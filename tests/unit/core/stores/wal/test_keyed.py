@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from app.core.base.errors import IdempotencyKeyReused, ManifestFull
+from app.core.formats.segment import EntryFlag, EntryHeader, EntryType
 from app.core.stores.wal.log import RememberedAppend
-from app.core.stores.wal.remembered import RememberedAppends
+from app.core.stores.wal.remembered import REMEMBERED_COUNT_MAX, RememberedAppends
+from app.core.stores.wal.tail_scan import KeyedRequests
 from tests.helpers.fake_clock import FakeClock
 from tests.unit.core.stores.wal.builders import (
     Place,
@@ -172,3 +174,17 @@ def test_only_the_newest_are_kept(clock: FakeClock) -> None:
     ]  # fmt: skip
     assert [append.first_lsn for append in remembered.of_segment(1)] == [2, 3, 4]
     assert len(remembered) == 3
+
+
+def test_recovery_holds_the_newest_keys_of_a_wal_that_has_many() -> None:
+    requests = KeyedRequests()
+    count = 3 * REMEMBERED_COUNT_MAX
+    for lsn in range(1, count + 1):
+        header = EntryHeader(
+            type=EntryType.RECORDS, flags=EntryFlag.BEGINS | EntryFlag.ENDS | EntryFlag.KEYED,
+            first_lsn=lsn, count=1, payload_bytes=5, durable_lsn=0, appended_at_us=0,
+            key_hash=lsn.to_bytes(16, "big"),
+        )  # fmt: skip
+        requests.add(header, segment_id=1)
+    found = [one.append.first_lsn for one in requests.found]
+    assert found == list(range(count - 2 * REMEMBERED_COUNT_MAX + 1, count + 1))
