@@ -75,7 +75,9 @@ async def stage(
 
 async def test_disk_full_while_staging_leaves_nothing(small_disk, pool):
     clock = FakeClock()
-    quota = StorageQuota(global_limit_bytes=64 * MIB, clock=clock, events=Events())
+    quota = StorageQuota(
+        global_limit_bytes=64 * MIB, drain_limit_bytes=0, clock=clock, events=Events()
+    )
     root = small_disk / "checkpoint_scratch"
     scratch = ScratchStore(root, pool=pool, clock=clock)
 

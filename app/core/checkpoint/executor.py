@@ -200,8 +200,7 @@ class CheckpointExecutor:
             tenant=job.tenant,
             job_id=job.job_id,
             size_bytes=plan.room_bytes(links=parts.scratch_links),
-            drain=plan.frees_wal,
-            since=parts.wal_since(job.db_id),
+            drain_since=parts.wal_since(job.db_id) if plan.frees_wal else None,
         )
         failpoints.fp("quota.after_reserve")
 

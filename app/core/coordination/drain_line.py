@@ -19,9 +19,9 @@ class _Claim:
 
 class DrainLine:
     def __init__(self) -> None:
-        self._claims: dict[str, _Claim] = {}
+        self._claims: dict[str | None, _Claim] = {}
 
-    def before(self, job_id: str, *, since: float, now: float) -> int:
+    def before(self, job_id: str | None, *, since: float, now: float) -> int:
         """Bytes that others with older WAL wait for."""
         self._claims = {
             other: claim
@@ -34,8 +34,8 @@ class DrainLine:
             if other != job_id and claim.since < since
         )
 
-    def join(self, job_id: str, *, since: float, size_bytes: int, now: float) -> None:
+    def join(self, job_id: str | None, *, since: float, size_bytes: int, now: float) -> None:
         self._claims[job_id] = _Claim(since=since, size_bytes=size_bytes, asked_at=now)
 
-    def leave(self, job_id: str) -> None:
+    def leave(self, job_id: str | None) -> None:
         self._claims.pop(job_id, None)

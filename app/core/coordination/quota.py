@@ -84,7 +84,7 @@ class UsageAccount:
 
 @dataclass(slots=True)
 class _Tenant:
-    level: Level
+    level: Level = field(default_factory=lambda: Level(LevelName.TENANT, limit_bytes=None))
     job_limit_bytes: int | None = None
     held: int = 0
     """Reservations, those from the drain reserve included."""
@@ -99,7 +99,7 @@ class _Job:
 
 class StorageQuota:
     def __init__(
-        self, *, global_limit_bytes: int, drain_limit_bytes: int = 0, clock: Clock, events: Events
+        self, *, global_limit_bytes: int, drain_limit_bytes: int, clock: Clock, events: Events
     ) -> None:
         """`drain_limit_bytes` comes on top of the global limit: the disk must hold both."""
         self._clock = clock
@@ -152,14 +152,14 @@ class StorageQuota:
         tenant: str,
         job_id: str | None,
         size_bytes: int,
-        drain: bool = False,
-        since: float = 0.0,
+        drain_since: float | None = None,
     ) -> Reservation:
         """Raises QuotaExhausted. Short of global room, reclaimers are asked before refusing.
 
-        With `drain`, what ordinary budgets refuse is taken from the drain reserve, so that the
-        checkpoint that frees WAL always runs: one that is larger than the whole reserve has it
-        alone, and of those that are refused the one with the oldest WAL (`since`) goes first.
+        `drain_since` is for a checkpoint that frees WAL, which must always run: since when that
+        waits. What ordinary budgets refuse is then taken from the drain reserve: one that is
+        larger than all of it has it alone, and of those that are refused the one with the oldest
+        WAL goes first.
         """
         while True:
             if taken := self.reserve_now(tenant=tenant, job_id=job_id, size_bytes=size_bytes):
@@ -167,18 +167,17 @@ class StorageQuota:
             shortage = await self._reclaim_for(tenant, job_id, size_bytes)
             if shortage is not None:
                 break
-        if not drain:
+        if drain_since is None:
             raise self._refusal(shortage, tenant)
         now = self._clock.monotonic()
-        who = job_id or ""
-        waits_for = self._drain_line.before(who, since=since, now=now)
+        waits_for = self._drain_line.before(job_id, since=drain_since, now=now)
         drained = find_shortage((self._drain,), size_bytes + waits_for)
         if drained is not None and (
             self._drain.used_bytes or waits_for or not self._drain.limit_bytes
         ):
-            self._drain_line.join(who, since=since, size_bytes=size_bytes, now=now)
+            self._drain_line.join(job_id, since=drain_since, size_bytes=size_bytes, now=now)
             raise self._refusal(find_shortage((self._drain,), size_bytes) or drained, tenant)
-        self._drain_line.leave(who)
+        self._drain_line.leave(job_id)
         return self._take(tenant, job_id, size_bytes, drained=True)
 
     def reserve_now(
@@ -294,14 +293,14 @@ class StorageQuota:
     # --- inside
 
     def _confined(self) -> None:
-        assert threading.get_ident() == self._thread, "StorageQuota is confined to its thread"
+        assert threading.get_ident() == self._thread, "StorageQuota is confined to its thread."
 
     def _levels(self, tenant: str, job_id: str | None) -> tuple[Level, ...]:
         """Narrowest first, so that a refusal names the level its owner can do something about.
 
         Only looks: a refused reservation must leave no empty budget behind.
         """
-        entry = self._tenants.get(tenant) or _Tenant(Level(LevelName.TENANT, limit_bytes=None))
+        entry = self._tenants.get(tenant) or _Tenant()
         levels = (entry.level, self._global)
         if job_id is None:
             return levels
@@ -381,7 +380,7 @@ class StorageQuota:
     def _tenant(self, tenant: str) -> _Tenant:
         entry = self._tenants.get(tenant)
         if entry is None:
-            entry = self._tenants[tenant] = _Tenant(Level(LevelName.TENANT, limit_bytes=None))
+            entry = self._tenants[tenant] = _Tenant()
         return entry
 
     def _tidy_tenant(self, tenant: str) -> None:

@@ -118,7 +118,7 @@ class Level:
         assert self._reserved_bytes >= 0
         if now is not None:
             self.freed.add(size_bytes, now=now)
-        if self._allowed_bytes is not None and self.limit_bytes is not None:
+        if self.limit_bytes is not None:
             self._allowed_bytes = max(self.limit_bytes, self._reserved_bytes)
 
     def charge(self, change_bytes: int, *, now: float) -> None:

@@ -80,11 +80,11 @@ class WalBacklog:
     def dirty(self, tenant: str | None = None) -> list[Backlog]:
         """Databases with unpublished WAL, of one tenant or of all, oldest WAL first."""
         found = [
-            (entry.dirty_since, entry.db_id, entry)
+            entry
             for entry in self._databases.values()
             if entry.dirty_since is not None and (tenant is None or entry.tenant == tenant)
         ]
-        return [entry for _, _, entry in sorted(found, key=lambda one: one[:2])]
+        return sorted(found, key=lambda entry: (entry.dirty_since, entry.db_id))
 
     def share_bytes(self, entry: Backlog) -> int:
         active = self._active.get(entry.tenant, 0) + (entry.total_bytes == 0)

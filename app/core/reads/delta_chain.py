@@ -76,7 +76,7 @@ class DeltaChain:
                         numbers[first - first_page : stop - first_page] = number
                 case DeltaLayer(pages=pages):
                     here = pages & BitMap(range(first_page, end))
-                    numbers[np.array(here.to_array(), dtype=np.int64) - first_page] = number
+                    numbers[np.array(here.to_array()) - first_page] = number
         return numbers
 
 

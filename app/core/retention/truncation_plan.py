@@ -185,9 +185,7 @@ def _plan_tail(request: TruncationRequest, context: TruncationContext) -> Trunca
         else max(context.published_lsn, request.end_lsn),
         superseded=tuple(chunks),
         renewed=tuple(
-            msgspec.structs.replace(
-                row, generation=database.generation + 1, visible_last=last_left, superseded_at=None
-            )
+            msgspec.structs.replace(row, generation=database.generation + 1, visible_last=last_left)
             for row in chunks
             if row.first <= last_left
         ),

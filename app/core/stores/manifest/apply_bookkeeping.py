@@ -146,7 +146,6 @@ def apply_bookkeeping(  # noqa: C901 - a case per op
                         bytes=op.blob.bytes,
                         db_id=op.db_id,
                         eligible_at_us=op.eligible_at_us,
-                        sequence=0,
                         reason=op.reason,
                     ),
                 )

@@ -125,7 +125,6 @@ def _retire(rows: StagedRows, key: str, named: _Named, context: BatchContext) ->
             bytes=named.bytes,
             db_id=named.db_id,
             eligible_at_us=context.now_us + context.gc_grace_us,
-            sequence=0,
             reason="unreachable",
             doomed=True,
         ),

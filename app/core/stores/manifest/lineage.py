@@ -45,7 +45,7 @@ replace = msgspec.structs.replace
 class ReadRows(Protocol):
     def get(self, table: Table[V], key: bytes, /) -> V | None: ...
 
-    def scan(self, table: Table[V], prefix: bytes = b"", /) -> Iterable[tuple[bytes, V]]: ...
+    def scan(self, table: Table[V], prefix: bytes, /) -> Iterable[tuple[bytes, V]]: ...
 
 
 class Scan(Protocol):
@@ -53,7 +53,7 @@ class Scan(Protocol):
 
 
 class BothWays(ReadRows, Protocol):
-    def scan_back(self, table: Table[V], prefix: bytes = b"", /) -> Iterable[tuple[bytes, V]]: ...
+    def scan_back(self, table: Table[V], prefix: bytes, /) -> Iterable[tuple[bytes, V]]: ...
 
 
 class WriteRows(ReadRows, Protocol):
@@ -118,22 +118,23 @@ def inherited_rows(rows: ReadRows, db_id: int, chunk_id: int) -> ChunkRows:
 
 def chunks_at(rows: ReadRows, db_id: int, generation: int) -> list[ChunkRecord]:
     """The bases and drops valid at the generation, by chunk."""
-    return list(_walk(rows.scan, rows, db_id, generation, backwards=False))
+    return list(_walk(rows.scan, rows, db_id, generation))
 
 
 def log_range(rows: BothWays, db_id: int, generation: int) -> tuple[int, int] | None:
     """append_only: the first LSN of the lowest chunk valid at the generation, and the last of the
     highest. Looks at few rows, unless many chunks at either end came or went since.
     """
-    lowest = _walk(rows.scan, rows, db_id, generation, backwards=False)
+    lowest = _walk(rows.scan, rows, db_id, generation)
     highest = _walk(rows.scan_back, rows, db_id, generation, backwards=True)
-    first = next((row.first for row in lowest if row.blob is not None), None)
-    last = next((row.last for row in highest if row.blob is not None), None)
-    return None if first is None or last is None else (first, last)
+    for bottom in lowest:
+        if bottom.blob is not None:
+            return bottom.first, next(row.last for row in highest if row.blob is not None)
+    return None
 
 
 def _walk(
-    scan: Scan, rows: ReadRows, db_id: int, generation: int, *, backwards: bool
+    scan: Scan, rows: ReadRows, db_id: int, generation: int, *, backwards: bool = False
 ) -> Iterator[ChunkRecord]:
     """The bases and drops valid at the generation, chunk by chunk, as far as they are asked for."""
     parent = parent_of(rows, db_id)

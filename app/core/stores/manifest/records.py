@@ -348,7 +348,8 @@ class GcRecord(Record, array_like=True, frozen=True, kw_only=True):
     bytes: int
     db_id: int
     eligible_at_us: int
-    sequence: int
+    sequence: int = 0
+    """Given by the queue."""
     reason: str
     doomed: bool = False
     """The row is gone and deletion may be under way: no publication may name the key again."""

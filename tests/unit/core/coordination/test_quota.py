@@ -3,39 +3,37 @@
 import asyncio
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from app.core.base import failpoints
 from app.core.base.errors import ErrorKind, InvariantViolation, QuotaExhausted
 from app.core.base.events import Events
 from app.core.coordination.quota import Reclaimer, StorageQuota
-from app.core.coordination.reservation import Reservation
-from app.core.coordination.usage import UsageKey, UsageKind, UsageLink
+from app.core.coordination.quota_levels import JobUsage, QuotaSnapshot, TenantUsage
+from app.core.coordination.usage import UsageKey, UsageKind
 from tests.helpers.fake_clock import FakeClock
+from tests.unit.core.coordination.builders import EMPTY, link, make_quota, used
 
 
-def make_quota(limit: int = 1000, *, drain: int = 0, clock: FakeClock | None = None):
-    return StorageQuota(
-        global_limit_bytes=limit,
-        drain_limit_bytes=drain,
-        clock=clock or FakeClock(),
-        events=Events(),
+async def test_a_snapshot_tells_limits_and_who_uses_what():
+    quota = make_quota(1000, drain=50)
+    quota.set_tenant_limits("acme", limit_bytes=600, job_limit_bytes=None)
+    account = quota.account(kind=UsageKind.WAL, owner="1", tenant="beta")
+    account.charge("0001.wal", device=1, inode=1, size_bytes=10)
+    await quota.reserve(tenant="acme", job_id="J1", size_bytes=300)
+    assert quota.snapshot() == QuotaSnapshot(
+        global_limit_bytes=1000,
+        global_used_bytes=310,
+        drain_limit_bytes=50,
+        drain_used_bytes=0,
+        tenants=(
+            TenantUsage(tenant="acme", limit_bytes=600, used_bytes=300),
+            TenantUsage(tenant="beta", limit_bytes=None, used_bytes=10),
+        ),
+        jobs=(JobUsage(job_id="J1", tenant="acme", reserved_bytes=300),),
+        files_by_kind={"wal": 10, "scratch": 0, "hot_cache": 0},
     )
-
-
-def used(quota: StorageQuota) -> dict[str, object]:
-    seen = quota.snapshot()
-    return {
-        "global": seen.global_used_bytes,
-        "drain": seen.drain_used_bytes,
-        "tenants": {tenant.tenant: tenant.used_bytes for tenant in seen.tenants},
-        "jobs": {job.job_id: job.reserved_bytes for job in seen.jobs},
-    }
-
-
-EMPTY = {"global": 0, "drain": 0, "tenants": {}, "jobs": {}}
+    nothing = make_quota(0).snapshot()
+    assert (nothing.global_limit_bytes, nothing.drain_limit_bytes) == (0, 0)
 
 
 async def test_hierarchical_reservation():
@@ -138,6 +136,9 @@ async def test_quota_exhaustion_backpressure():
     assert refused.value.retry_after_seconds == 5  # nothing was freed lately: the honest guess
     quota.check()
 
+    with pytest.raises(QuotaExhausted) as refused:
+        await quota.reserve(tenant="acme", job_id="J2", size_bytes=1000)
+    assert refused.value.retry_after_seconds == 5, "it fits once the rest has gone"
     held.shrink(to_bytes=600)  # 300 in the last moment: 10 bytes a second of memory
     with pytest.raises(QuotaExhausted) as refused:
         await quota.reserve(tenant="acme", job_id="J2", size_bytes=500)
@@ -223,76 +224,6 @@ async def test_limits_change_live():
     quota.check()
 
 
-async def test_drain_reserve_serves_a_checkpoint_when_all_else_is_full():
-    quota = make_quota(100, drain=50)
-    quota.set_tenant_limits("acme", limit_bytes=100, job_limit_bytes=10)
-    full = await quota.reserve(tenant="acme", job_id=None, size_bytes=100)
-    with pytest.raises(QuotaExhausted):
-        await quota.reserve(tenant="acme", job_id="J1", size_bytes=40)
-    drained = await quota.reserve(tenant="acme", job_id="J1", size_bytes=40, drain=True)
-    assert drained.drained
-    quota.check()
-    assert used(quota) == {
-        "global": 100, "drain": 40, "tenants": {"acme": 100}, "jobs": {"J1": 40},
-    }  # fmt: skip
-    with pytest.raises(QuotaExhausted) as refused:
-        await quota.reserve(tenant="other", job_id="J2", size_bytes=11, drain=True)
-    assert refused.value.fields["level"] == "drain"
-    assert quota.release_job("J1") == 40
-    full.release()
-    ordinary = await quota.reserve(tenant="acme", job_id="J1", size_bytes=10, drain=True)
-    assert not ordinary.drained  # the drain reserve is the last resort
-    quota.check()
-
-
-async def test_the_drain_reserve_serves_the_oldest_wal_first():
-    clock = FakeClock()
-    quota = make_quota(10, drain=100, clock=clock)
-
-    async def drain(job_id: str, size: int, since: float) -> Reservation:
-        return await quota.reserve(
-            tenant="acme", job_id=job_id, size_bytes=size, drain=True, since=since
-        )
-
-    held = await drain("J1", 80, since=1)
-    for job_id, size, since in [("old", 60, 2), ("young", 50, 3)]:
-        with pytest.raises(QuotaExhausted):
-            await drain(job_id, size, since)
-    held.release()
-    with pytest.raises(QuotaExhausted):
-        await drain("young", 50, since=3)  # there is room, but it is the older one's
-    small = await drain("small", 40, since=2.5)  # both fit
-    old = await drain("old", 60, since=2)
-    small.release()
-    with pytest.raises(QuotaExhausted):
-        await drain("young", 50, since=3)
-    with pytest.raises(QuotaExhausted):
-        await drain("gone", 60, since=1)
-    old.release()
-    with pytest.raises(QuotaExhausted):
-        await drain("young", 50, since=3)
-    clock.advance(91)  # the other has not come back: it was cancelled
-    await drain("young", 50, since=3)
-    quota.check()
-
-
-async def test_one_larger_than_the_drain_reserve_has_it_alone():
-    quota = make_quota(10, drain=50)
-    large = await quota.reserve(tenant="a", job_id="J1", size_bytes=200, drain=True)
-    assert large.drained
-    quota.check()
-    with pytest.raises(QuotaExhausted):
-        await quota.reserve(tenant="a", job_id="J2", size_bytes=20, drain=True)
-    large.release()
-    quota.check()
-    await quota.reserve(tenant="a", job_id="J2", size_bytes=20, drain=True)
-    with pytest.raises(QuotaExhausted):
-        await quota.reserve(tenant="a", job_id="J1", size_bytes=200, drain=True)
-    none = make_quota(10)
-    with pytest.raises(QuotaExhausted):
-        await none.reserve(tenant="a", job_id="J1", size_bytes=11, drain=True)
-
-
 async def test_what_is_spent_is_not_freed():
     """The rate behind Retry-After counts bytes that went, not those that became files."""
     clock = FakeClock()
@@ -370,6 +301,21 @@ async def test_reclaimers_are_asked_in_turn_for_what_is_still_missing():
     quota.check()
 
 
+async def test_no_more_is_reclaimed_than_was_missing():
+    quota = make_quota(200)
+    caches = [Cache(quota, [100], device=number) for number in range(2)]
+    for cache in caches:
+        quota.add_reclaimer(cache)
+    await quota.reserve(tenant="acme", job_id=None, size_bytes=100)
+    assert [cache.asked for cache in caches] == [[100], []]
+
+
+async def test_a_single_byte_that_was_reclaimed_is_worth_trying_again():
+    quota = make_quota(100)
+    quota.add_reclaimer(Cache(quota, [1]))
+    await quota.reserve(tenant="acme", job_id=None, size_bytes=100)
+
+
 async def test_two_who_are_short_do_not_take_the_same_room():
     quota = make_quota(1000)
     cache = Cache(quota, [250, 250, 250, 250])
@@ -407,6 +353,7 @@ async def test_cancelled_while_reclaiming_takes_nothing():
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(quota.reserve(tenant="acme", job_id="J1", size_bytes=1))
         await entered.wait()
+        assert await quota.trim() == 0, "it has nothing to free, and waits for nobody"
         waiting.cancel()
     held.release()
     assert used(quota) == EMPTY
@@ -451,7 +398,7 @@ async def test_refusals_and_overruns_are_told():
     )
     with pytest.raises(QuotaExhausted):
         await quota.reserve(tenant="acme", job_id="J1", size_bytes=11)
-    await quota.reserve(tenant="acme", job_id="J1", size_bytes=51, drain=True)
+    await quota.reserve(tenant="acme", job_id="J1", size_bytes=51, drain_since=0.0)
     assert told == [
         ("quota.exhausted", {"level": "global", "tenant": "acme", "requested_bytes": 11}),
         ("quota.drain_overrun", {"job_id": "J1", "bytes": 51}),
@@ -459,6 +406,9 @@ async def test_refusals_and_overruns_are_told():
     with pytest.raises(QuotaExhausted):
         await quota.make_room(tenant="beta", size_bytes=12)
     assert told[-1][1] == {"level": "global", "tenant": "beta", "requested_bytes": 12}
+    with pytest.raises(QuotaExhausted):
+        await quota.reserve(tenant="beta", job_id="J2", size_bytes=20, drain_since=0.0)
+    assert told[-1][1] == {"level": "drain", "tenant": "beta", "requested_bytes": 20}
 
 
 async def test_an_account_charges_by_name():
@@ -474,10 +424,6 @@ async def test_an_account_charges_by_name():
     assert used(quota) == {**EMPTY, "global": 100}
     quota.forget(kind=UsageKind.HOT_CACHE, owner="")
     assert used(quota) == EMPTY
-
-
-def link(kind: UsageKind, owner: str, name: str, tenant: str | None) -> UsageLink:
-    return UsageLink(kind=kind, owner=owner, name=name, tenant=tenant)
 
 
 async def test_an_inode_is_charged_once_and_passed_on():
@@ -549,128 +495,3 @@ async def test_confined_to_one_thread():
     quota = make_quota(1000)
     with pytest.raises(AssertionError, match="confined"):
         await asyncio.to_thread(quota.snapshot)
-
-
-class QuotaMachine(RuleBasedStateMachine):
-    """Never above a limit by reserving; sums always agree; all released is nothing used."""
-
-    reservations = Bundle("reservations")
-    files = Bundle("files")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.clock = FakeClock()
-        self.quota = make_quota(100, drain=20, clock=self.clock)
-        self.live: list[Reservation] = []
-        self.inodes: dict[tuple[int, UsageLink], None] = {}
-
-    def run(self, coroutine):
-        """Runs a coroutine that never suspends, as `reserve` without reclaimers."""
-        try:
-            coroutine.send(None)
-        except StopIteration as end:
-            return end.value
-        raise AssertionError("suspended")
-
-    @rule(
-        target=reservations,
-        tenant=st.sampled_from("ab"),
-        job=st.sampled_from(["1", "2", None]),
-        size=st.integers(0, 60),
-        drain=st.booleans(),
-    )
-    def reserve(self, tenant, job, size, drain):
-        job_id = None if job is None else tenant + job
-        before = self.quota.snapshot()
-        limits = {entry.tenant: entry.limit_bytes for entry in before.tenants}
-        refusal = reservation = None
-        try:
-            reservation = self.run(
-                self.quota.reserve(tenant=tenant, job_id=job_id, size_bytes=size, drain=drain)
-            )
-        except QuotaExhausted as error:
-            refusal = error
-        if refusal is not None:
-            assert self.quota.snapshot() == before
-            assert refusal.fields["used_bytes"] + size > refusal.fields["limit_bytes"]
-            assert 1 <= refusal.retry_after_seconds <= 60
-            return None
-        after = self.quota.snapshot()
-        self.live.append(reservation)
-        if size and reservation.drained:
-            alone = after.drain_used_bytes == size
-            assert alone or after.drain_used_bytes <= after.drain_limit_bytes
-        elif size:
-            assert after.global_used_bytes <= after.global_limit_bytes
-            mine = next(entry for entry in after.tenants if entry.tenant == tenant)
-            assert limits.get(tenant) is None or mine.used_bytes <= limits[tenant]
-        return reservation
-
-    @rule(reservation=reservations, size=st.integers(0, 60))
-    def shrink(self, reservation, size):
-        if reservation is not None:
-            reservation.shrink(to_bytes=size)
-
-    @rule(reservation=reservations)
-    def release(self, reservation):
-        if reservation is not None:
-            reservation.release()
-            assert reservation.size_bytes == 0
-
-    @rule(job_id=st.sampled_from(["a1", "a2", "b1", "b2"]))
-    def release_job(self, job_id):
-        self.quota.release_job(job_id)
-        assert job_id not in self.quota.holders()
-
-    @rule(
-        tenant=st.sampled_from("ab"),
-        limit=st.none() | st.integers(0, 100),
-        job_limit=st.none() | st.integers(0, 50),
-    )
-    def limit_tenant(self, tenant, limit, job_limit):
-        self.quota.set_tenant_limits(tenant, limit_bytes=limit, job_limit_bytes=job_limit)
-
-    @rule(limit=st.integers(0, 150))
-    def limit_global(self, limit):
-        self.quota.set_global_limit(limit)
-
-    @rule(
-        target=files,
-        inode=st.integers(0, 3),
-        kind=st.sampled_from(UsageKind),
-        tenant=st.sampled_from(["a", "b", None]),
-        size=st.integers(0, 40),
-    )
-    def charge(self, inode, kind, tenant, size):
-        place = link(kind, f"{tenant}", "file", tenant)
-        self.quota.charge(UsageKey(device=0, inode=inode), place, size_bytes=size)
-        self.inodes[inode, place] = None
-        return inode, place
-
-    @rule(file=consumes(files))
-    def discharge(self, file):
-        inode, place = file
-        self.quota.discharge(UsageKey(device=0, inode=inode), place)
-        self.inodes.pop(file, None)
-
-    @rule(seconds=st.floats(0, 100))
-    def wait(self, seconds):
-        self.clock.advance(seconds)
-
-    @invariant()
-    def sums_agree(self):
-        self.quota.check()
-
-    def teardown(self):
-        for reservation in self.live:
-            reservation.release()
-        for inode, place in self.inodes:
-            self.quota.discharge(UsageKey(device=0, inode=inode), place)
-        for tenant in "ab":
-            self.quota.set_tenant_limits(tenant, limit_bytes=None, job_limit_bytes=None)
-        self.quota.check()
-        assert used(self.quota) == EMPTY
-
-
-TestQuotaMachine = QuotaMachine.TestCase
-TestQuotaMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -12,7 +12,11 @@ def test_what_is_held_beyond_what_was_ever_allowed_is_a_bug():
     level.take(20)
     level.set_limit(5)  # what is held stays allowed
     level.check(20, 0)
-    level.give_back(20, now=None)
+    level.give_back(12, now=None)
+    level._reserved_bytes = 9  # what went may not come back beyond the limit
+    with pytest.raises(InvariantViolation):
+        level.check(9, 0)
+    level._reserved_bytes = 0
     level.take_alone(30)
     level.check(30, 0)
     level._reserved_bytes = 31

@@ -34,7 +34,9 @@ def pool():
 
 @pytest.fixture
 def quota():
-    return StorageQuota(global_limit_bytes=10_000, clock=FakeClock(), events=Events())
+    return StorageQuota(
+        global_limit_bytes=10_000, drain_limit_bytes=0, clock=FakeClock(), events=Events()
+    )
 
 
 def reconciliation(quota: StorageQuota, root: Path, pool: BlockingPool) -> QuotaReconciliation:

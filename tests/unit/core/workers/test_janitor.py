@@ -26,7 +26,9 @@ class House:
         self.told: list[tuple[str, object]] = []
         events = Events(lambda name, level, fields: self.told.append((name, fields.get("job_id"))))
         self.scratch = ScratchStore(self.root, pool=pool, clock=self.clock)
-        self.quota = StorageQuota(global_limit_bytes=1000, clock=self.clock, events=Events())
+        self.quota = StorageQuota(
+            global_limit_bytes=1000, drain_limit_bytes=0, clock=self.clock, events=Events()
+        )
         self.live: set[str] = set()
         self.beats = 0
         self.janitor = ScratchJanitor(

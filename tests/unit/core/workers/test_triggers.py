@@ -27,7 +27,9 @@ class House:
         self.manifest, self.clock = manifest, clock
         self.requested = 0
         events = Events(self._count)
-        quota = StorageQuota(global_limit_bytes=5_000, clock=clock, events=events)
+        quota = StorageQuota(
+            global_limit_bytes=5_000, drain_limit_bytes=0, clock=clock, events=events
+        )
         self.backlog = WalBacklog(
             BacklogLimits(budget_bytes=4_000, trigger_ratio=0.25, overdue_seconds=30)
         )

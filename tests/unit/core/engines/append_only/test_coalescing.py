@@ -50,6 +50,7 @@ def test_a_run_is_taken_once_it_reaches_a_tier():
     assert picked(log_of(half)) == []
     assert picked(log_of(half, half)) == [0, 1]
     assert picked(log_of(half, half - 1)) == []
+    assert picked(log_of(CHUNK_BYTES, half, half - 1)) == [], "a large one before adds nothing"
     assert picked(log_of(half, half, half, half)) == [0, 1], "the oldest, and no more than needed"
 
 
@@ -66,6 +67,9 @@ def test_tiny_chunks_are_merged_by_their_number():
     assert pick_run(chunks, db_id=7, chunk_bytes=large) == chunks[:RUN_LENGTH_MAX]
     between = log_of(*[1] * 64, large // TIER_DIVISORS[0], *[1] * 64)
     assert pick_run(between, db_id=7, chunk_bytes=large) == (), "not rewritten for their sake"
+    after = log_of(large // TIER_DIVISORS[0], *[1] * RUN_LENGTH_MAX)
+    assert pick_run(after[:-1], db_id=7, chunk_bytes=large) == ()
+    assert pick_run(after, db_id=7, chunk_bytes=large) == after[1:]
 
 
 def test_gaps_cuts_drops_and_inherited_chunks_are_not_crossed():

@@ -35,7 +35,9 @@ class Record:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.events = Events(lambda name, level, fields: self.names.append(name))
-        self.quota = StorageQuota(global_limit_bytes=10**9, clock=FakeClock(), events=Events())
+        self.quota = StorageQuota(
+            global_limit_bytes=10**9, drain_limit_bytes=0, clock=FakeClock(), events=Events()
+        )
         self.account = self.quota.account(kind=UsageKind.HOT_CACHE, tenant=None)
 
     @property

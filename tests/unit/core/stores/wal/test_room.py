@@ -40,7 +40,9 @@ class Counted:
     def __init__(self, place: Place, store: WalStore, *, quota_bytes: int, budget: int) -> None:
         clock = FakeClock()
         self.place, self.store = place, store
-        self.quota = StorageQuota(global_limit_bytes=quota_bytes, clock=clock, events=Events())
+        self.quota = StorageQuota(
+            global_limit_bytes=quota_bytes, drain_limit_bytes=0, clock=clock, events=Events()
+        )
         self.backlog = WalBacklog(
             BacklogLimits(budget_bytes=budget, trigger_ratio=0.4, overdue_seconds=30)
         )
