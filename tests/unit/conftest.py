@@ -4,9 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 import pytest_socket
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 settings.register_profile("unit", deadline=None)  # how fast is no unit test's question
+settings.register_profile(  # docs/mutation.md: only whether it fails, and the same in any order
+    "mutation", deadline=None, database=None, phases=(Phase.explicit, Phase.generate)
+)
 settings.load_profile("unit")
 
 

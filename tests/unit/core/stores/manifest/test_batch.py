@@ -12,10 +12,7 @@ from app.core.stores.manifest.errors import (
     WrongState,
 )
 from app.core.stores.manifest.records import (
-    FeatureFlags,
-    RememberedAppend,
     Retention,
-    TenantRecord,
 )
 from app.core.stores.manifest.store import ManifestStore
 from tests.unit.core.stores.manifest.builders import (
@@ -320,37 +317,6 @@ async def test_descriptor_settings(store: ManifestStore) -> None:
     with store.read() as view:
         row = view.database(db_id)
         assert (row.health, row.lost_from_lsn, row.retention) == ("wal_lost", 9, retention)
-
-
-async def test_bookkeeping_rows(store: ManifestStore) -> None:
-    appends = (
-        RememberedAppend(
-            key_hash=b"k" * 16,
-            body_hash=b"b" * 16,
-            first_lsn=1,
-            last_lsn=2,
-            payload_bytes=3,
-            appended_at_us=4,
-        ),
-    )
-    tenant = TenantRecord(tenant="acme", flags=FeatureFlags(enable_checkpoints=False))
-    receipt = await store.commit(
-        batch(
-            ops.RememberAppends(db_id=1, segment_id=2, appends=appends),
-            ops.PutTenant(row=tenant),
-            ops.PutMeta(name="note", value=b"text"),
-        )
-    )
-    assert receipt.sequence is None
-    with store.read() as view:
-        assert view.remembered_appends(1) == {2: appends}
-        assert view.tenant("acme") == tenant
-        assert view.tenants() == [tenant]
-        assert view.tenant("beta") is None
-        assert view.meta("note") == b"text"
-    await store.commit(batch(ops.ForgetAppends(db_id=1, segment_id=2)))
-    with store.read() as view:
-        assert view.remembered_appends(1) == {}
 
 
 async def test_ops_on_no_database_are_refused(store: ManifestStore) -> None:

@@ -58,6 +58,13 @@ async def test_a_publication_takes_a_retired_key_back(store: ManifestStore) -> N
         await store.commit(batch(ops.DoomBlob(key="k")))
 
 
+async def test_a_doomed_blob_may_be_given_a_time_of_its_own(store: ManifestStore) -> None:
+    await store.commit(batch(retire("a", eligible_at_us=5), retire("b", eligible_at_us=5)))
+    await store.commit(batch(ops.DoomBlob(key="a", eligible_at_us=9), ops.DoomBlob(key="b")))
+    with store.read() as view:
+        assert [(row.key, row.eligible_at_us) for row in view.gc_rows()] == [("b", 5), ("a", 9)]
+
+
 async def test_unretire(store: ManifestStore) -> None:
     await store.commit(batch(ops.UnretireBlob(key="k"), retire("k")))
     await store.commit(batch(ops.UnretireBlob(key="k")))

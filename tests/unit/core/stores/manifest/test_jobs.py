@@ -14,6 +14,7 @@ def change(job_id: str, **changes: object) -> ops.UpdateJob:
 
 
 async def test_pending_index_follows_the_state(store: ManifestStore) -> None:
+    ended = job("J3", state="completed")
     await store.commit(batch(ops.EnqueueJob(job=job("J1")), ops.EnqueueJob(job=job("J2"))))
     with pytest.raises(RowExists):
         await store.commit(batch(ops.EnqueueJob(job=job("J1"))))
@@ -37,10 +38,14 @@ async def test_pending_index_follows_the_state(store: ManifestStore) -> None:
     assert pending() == ["J1", "J2"]
     await store.commit(batch(change("J1", state="in_flight"), change("J1", state="completed")))
     assert (pending(), unfinished()) == (["J2"], ["J2"])
+    await store.commit(batch(change("J1", stage="staging"), ops.EnqueueJob(job=ended)))
+    assert unfinished() == ["J2"], "what has ended stays out of the index"
     await store.commit(batch(ops.DeleteJob(job_id="J2"), ops.DeleteJob(job_id="J1")))
     assert (pending(), unfinished()) == ([], [])
     with store.read() as view:
         assert view.job("J1") is None
+        counts = view.counts()
+    assert (counts["job_pending_index"], counts["job_unfinished_index"]) == (0, 0)
 
 
 async def test_update_replaces_fields_only(store: ManifestStore) -> None:

@@ -275,6 +275,41 @@ def test_before_its_first_chunk_a_log_has_no_range(family: House) -> None:
     assert lineage.log_range(family.rows, 1, 0) is None
 
 
+def test_a_database_that_is_not_there_has_nothing(family: House) -> None:
+    assert lineage.depth_of(family.rows, 9) == 0
+    assert lineage.chunks_at(family.rows, 9, 1) == []
+    assert lineage.deltas_at(family.rows, 9, 1) == []
+
+
+def test_what_a_fork_changed_takes_its_place_among_what_it_inherits() -> None:
+    house = House()
+    house.create()
+    for chunk_id in range(6):
+        house.change(1, chunk_id, "rewrite")
+    house.change(1, 1, "delta")
+    house.change(1, 1, "delta")
+    house.fork(1, 8)
+    for chunk_id, action in ((5, "drop"), (2, "delta"), (4, "rewrite"), (0, "drop")):
+        house.change(2, chunk_id, action)
+    found = lineage.chunks_at(house.rows, 2, 12)
+    assert [row.chunk_id for row in found] == [0, 1, 2, 3, 4, 5]
+    assert [row.blob is None for row in found] == [True, False, False, False, False, True]
+    deltas = lineage.deltas_at(house.rows, 2, 12)
+    assert [(row.chunk_id, row.generation) for row in deltas] == [(1, 7), (1, 8), (2, 10)]
+    assert lineage.log_range(house.rows, 2, 12) == (11, 50)
+    house.check()
+
+
+def test_a_fork_that_inherits_nothing_has_what_it_writes(family: House) -> None:
+    for chunk_id in (0, 1):
+        family.change(1, chunk_id, "cut")
+    child = family.fork(1, 4)
+    family.check()
+    family.change(child, 1, "rewrite")
+    assert [row.chunk_id for row in lineage.chunks_at(family.rows, child, 5)] == [1]
+    family.check()
+
+
 def test_a_fork_makes_no_row_until_it_changes(family: House) -> None:
     assert not family.rows.scan(CHUNKS, number_key(2))
     family.change(2, 0, "delta")
@@ -291,7 +326,12 @@ def test_a_chunk_that_was_cut_off_does_not_fall_through_again(family: House) -> 
     family.collect(2)
     family.check()
     (drop,) = lineage.chunk_rows(family.rows, 2, 0).bases
-    assert drop.blob is None
+    assert drop == lineage.ChunkRecord(
+        db_id=2, chunk_id=0, generation=3, blob=None, first=1, last=10, visible_last=0,
+        origin_db_id=1,
+    )  # fmt: skip
+    family.apply(ops.DeleteChunk(db_id=2, chunk_id=0, generation=3))
+    assert lineage.chunk_rows(family.rows, 2, 0).bases == (drop,), "nor when the drop goes"
     family.change(2, 0, "rewrite")
     family.check()
 
@@ -363,6 +403,19 @@ def test_a_fork_that_adopted_every_chunk_falls_through_no_more(family: House) ->
     family.check()
     family.delete(2)
     assert not list(lineage.inheritors(family.rows, base)), "the rows of 3 name the blobs"
+
+
+def test_adopting_leaves_what_the_fork_changed_and_any_other_database_alone(family: House) -> None:
+    family.change(3, 0, "rewrite")
+    own = lineage.chunk_rows(family.rows, 3, 0)
+    family.apply(ops.AdoptEveryChunk(db_id=3))
+    assert lineage.chunk_rows(family.rows, 3, 0) == own
+    assert [row.chunk_id for row in lineage.chunks_at(family.rows, 3, 3)] == [0, 1]
+    family.check()
+    before = deepcopy(family.rows.tables)
+    for db_id in (1, 9):
+        family.apply(ops.AdoptEveryChunk(db_id=db_id))
+    assert family.rows.tables == before
 
 
 def test_what_a_deleted_fork_cut_off_stays_cut_off_in_its_forks(family: House) -> None:
