@@ -25,7 +25,7 @@ from app.core.stores.manifest.ops import Op
 from app.core.stores.manifest.records import ENDED_STATES, JobKind, JobRecord
 from app.routers.auth import needs, require_tenant
 from app.routers.deps import WaitQuery, desk_of, services_of
-from app.routers.exchange import principal_of
+from app.routers.exchange import Principal, principal_of
 from app.routers.idempotent import IdempotencyKey, made_once
 from app.routers.jobs import (
     DatabaseQuery,
@@ -36,6 +36,7 @@ from app.routers.jobs import (
     cancelled_job,
     page_of_jobs,
     shown_job,
+    view_of,
     visible_job,
 )
 from app.routers.openapi import ACCEPTED_HEADERS, problems
@@ -169,12 +170,16 @@ async def follow_checkpoint(
     visible_job(request, id, kinds=KINDS)
     desk = desk_of(request)
     return EventStream(
-        _events(services_of(request).jobs.watch(id)), clock=desk.clock, stopping=desk.stopping
+        _events(services_of(request).jobs.watch(id), principal_of(request)),
+        clock=desk.clock,
+        stopping=desk.stopping,
     )
 
 
-async def _events(jobs: AsyncIterator[JobRecord]) -> AsyncGenerator[ServerEvent, None]:
+async def _events(
+    jobs: AsyncIterator[JobRecord], principal: Principal
+) -> AsyncGenerator[ServerEvent, None]:
     async with aclosing(cast("AsyncGenerator[JobRecord, None]", jobs)) as source:
         async for job in source:
             name = "ended" if job.state in ENDED_STATES else "changed"
-            yield ServerEvent(name=name, data=JobView.of(job).model_dump_json().encode())
+            yield ServerEvent(name=name, data=view_of(job, principal).model_dump_json().encode())

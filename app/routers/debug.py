@@ -9,6 +9,7 @@ from app.core.services.debugging import NamedLease
 from app.routers.auth import needs, require_unbound
 from app.routers.deps import services_of
 from app.routers.exchange import principal_of
+from app.routers.jobs import view_of
 from app.routers.openapi import problems
 from app.routers.operations_schemas import (
     CacheView,
@@ -22,7 +23,7 @@ from app.routers.operations_schemas import (
 )
 from app.routers.paging import NUMBER_MAX, PageQuery, seen_only
 from app.routers.route import ScopedRoute
-from app.routers.schemas import JobPage, JobView, plain
+from app.routers.schemas import JobPage, plain
 
 router = APIRouter(route_class=ScopedRoute, prefix="/debug", tags=["debug"])
 
@@ -56,7 +57,7 @@ async def list_active_jobs(page: PageQuery, request: Request, response: Response
         after=page.after(str),
     )
     shown, cursor = page.cut(found, lambda job: job.job_id, request=request, response=response)
-    return JobPage(items=[JobView.of(job) for job in shown], next_cursor=cursor)
+    return JobPage(items=[view_of(job, principal) for job in shown], next_cursor=cursor)
 
 
 @router.get("/manifest/change_log")

@@ -11,7 +11,7 @@ from app.core.services.idempotency import StoredAnswer
 from app.core.stores.manifest.records import JobKind, JobRecord, JobState
 from app.routers.auth import needs, require_scope
 from app.routers.deps import WaitQuery, desk_of, services_of
-from app.routers.exchange import exchange_of, principal_of
+from app.routers.exchange import Principal, exchange_of, principal_of
 from app.routers.openapi import ACCEPTED_HEADERS, problems
 from app.routers.paging import Page, PageQuery
 from app.routers.route import ScopedRoute
@@ -91,17 +91,18 @@ def page_of_jobs(
     database: str | None,
     states: Collection[JobState] | None,
 ) -> JobPage:
+    principal = principal_of(request)
     found = services_of(request).jobs.list(
         kinds=kinds,
         tenant=tenant,
         database=database,
         states=states,
-        tenants=principal_of(request).tenants,
+        tenants=principal.tenants,
         limit=page.limit + 1,
         after=page.after(str),
     )
     shown, cursor = page.cut(found, lambda job: job.job_id, request=request, response=response)
-    return JobPage(items=[JobView.of(job) for job in shown], next_cursor=cursor)
+    return JobPage(items=[view_of(job, principal) for job in shown], next_cursor=cursor)
 
 
 def visible_job(request: Request, job_id: str, *, kinds: Collection[JobKind] | None) -> JobRecord:
@@ -110,6 +111,26 @@ def visible_job(request: Request, job_id: str, *, kinds: Collection[JobKind] | N
     if not principal_of(request).sees(job.tenant):
         raise JobNotFound(f"There is no job {job_id}.", job_id=job_id)
     return job
+
+
+def view_of(job: JobRecord, principal: Principal) -> JobView:
+    """Forks of another tenant that a job met are not named to who does not see that one (I12)."""
+    view = JobView.of(job)
+    if principal.tenants is None:
+        return view
+    if view.error is not None and "names" in view.error:
+        seen = _seen(view.error["names"], principal)
+        if len(seen) < len(view.error["names"]):
+            told = ", ".join([*seen, "forks of other tenants"])
+            view.error |= {"names": seen, "detail": f"It is still needed by: {told}."}
+    if view.result is not None and "kept_for_forks" in view.result:
+        view.result |= {"kept_for_forks": _seen(view.result["kept_for_forks"], principal)}
+    return view
+
+
+def _seen(names: list[str], principal: Principal) -> list[str]:
+    """Of snapshots, and of forks as `tenant/database`."""
+    return [name for name in names if "/" not in name or principal.sees(name.partition("/")[0])]
 
 
 async def shown_job(
@@ -122,7 +143,7 @@ async def shown_job(
             receive=exchange_of(request).receive,
             stopping=desk_of(request).stopping,
         )
-    return JobView.of(job)
+    return view_of(job, principal_of(request))
 
 
 async def cancelled_job(
@@ -136,7 +157,7 @@ async def cancelled_job(
     visible_job(request, job_id, kinds=kinds)
     job = await services_of(request).jobs.cancel(job_id)
     response.headers.update(accepted_headers(job, base=base))
-    return JobView.of(job)
+    return view_of(job, principal_of(request))
 
 
 def accepted_headers(job: JobRecord, *, base: str) -> dict[str, str]:

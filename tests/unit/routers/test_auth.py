@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request
 from app.core.base.clock import rfc3339, wall_us
 from app.core.base.errors import StartRefused
 from app.core.base.events import Events
+from app.core.stores.manifest.records import JobFailure
 from app.main import create_app
 from app.routers import auth, tokens
 from app.routers.auth import OPEN_PATHS, SCOPES, needs
@@ -174,6 +175,31 @@ async def test_another_tenants_jobs_do_not_exist(guarded: Running):
     assert answer.status_code == 404
     assert guarded.service.job_records[other.job_id].state == "pending"
     assert (await client.get("/jobs?tenant=zeta", headers=headers)).json()["items"] == []
+
+
+async def test_forks_of_another_tenant_in_a_jobs_way_are_not_named(guarded: Running):
+    pinned = JobFailure(
+        kind="conflict",
+        code="snapshot_pinned",
+        title="Snapshots or forks still need it",
+        detail="Chunks to be dropped are still needed by: acme/mine, kept, zeta/theirs.",
+        fields={"names": ["acme/mine", "kept", "zeta/theirs"]},
+    )
+    add_job = guarded.service.add_job
+    failed = add_job(tenant="acme", state="failed", error=pinned)
+    pruned = {"outcome": "pruned", "kept_for_forks": ["acme/mine", "zeta/theirs"]}
+    ended = add_job(tenant="acme", kind="prune_checkpoint", state="completed", result=pruned)
+    for path in (f"/jobs/{failed.job_id}", "/jobs", f"/checkpoints/{failed.job_id}/events"):
+        bound = (await guarded.client.get(path, headers=bearer("acme"))).text
+        assert "acme/mine" in bound
+        assert "forks of other tenants" in bound
+        assert "zeta" not in bound
+        unbound = (await guarded.client.get(path, headers=bearer("all"))).text
+        assert "zeta/theirs" in unbound
+    shown = (await guarded.client.get(f"/jobs/{failed.job_id}", headers=bearer("acme"))).json()
+    assert shown["error"]["names"] == ["acme/mine", "kept"]
+    shown = (await guarded.client.get(f"/jobs/{ended.job_id}", headers=bearer("acme"))).json()
+    assert shown["result"]["kept_for_forks"] == ["acme/mine"]
 
 
 async def test_a_body_that_names_another_tenant_meets_404(guarded: Running):
