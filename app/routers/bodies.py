@@ -42,6 +42,8 @@ RATE_GRACE_SECONDS = 60.0
 SPOOL_READ_BYTES = 256 * 1024
 FRAMING_THREADS = 2
 
+_AS_IT_IS = frozenset({None, b"", b"identity"})
+
 _FRAMERS: dict[str, Callable[[int], RecordFramer]] = {
     OCTETS: lambda limit: SingleRecordFramer(record_bytes_max=limit),
     LINES: lambda limit: LineFramer(record_bytes_max=limit),
@@ -68,6 +70,8 @@ class BodyReader:
         self._limits = limits
         self._clock = clock
         self._began = clock.monotonic()
+        if exchange.body_encoding not in _AS_IT_IS:
+            raise UnsupportedMediaType("A body comes as it is, without a Content-Encoding.")
         if (exchange.body_declared or 0) > limits.bytes_max:
             raise self._too_large()
 

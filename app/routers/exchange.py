@@ -69,6 +69,7 @@ class Exchange:
         "authorization",
         "body_chunked",
         "body_declared",
+        "body_encoding",
         "body_ended",
         "body_received",
         "error",
@@ -81,11 +82,14 @@ class Exchange:
         "trace",
     )
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, randomness: Randomness) -> None:
+    def __init__(  # noqa: C901 - a table of headers, read once for every request
+        self, scope: Scope, receive: Receive, send: Send, randomness: Randomness
+    ) -> None:
         self._receive = receive
         self._send = send
         self.authorization: bytes | None = None
         self.body_declared: int | None = None
+        self.body_encoding: bytes | None = None
         self.body_chunked = False
         self.body_received = 0
         self.body_ended = False
@@ -111,6 +115,8 @@ class Exchange:
                 self.body_chunked = True
             elif name == b"traceparent":
                 self.trace = joined_trace(value, randomness)
+            elif name == b"content-encoding":
+                self.body_encoding = value
         if not self.request_id:
             self.request_id = f"{randomness.bits(128):032x}"
 

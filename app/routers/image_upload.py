@@ -23,6 +23,7 @@ from app.core.base.errors import (
     QuotaExhausted,
     RemoteUnavailable,
     TransactionTooLarge,
+    UnsupportedMediaType,
     WalLost,
     WrongEngine,
 )
@@ -53,6 +54,7 @@ _WORD: dict[str, Any] = {"ge": 0, "le": 2**32 - 1}
         PageSizeMismatch,
         WalLost,
         BodyTooLarge,
+        UnsupportedMediaType,
         TransactionTooLarge,
         Backpressure,
         CorruptBlob,

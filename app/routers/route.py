@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.core.base.errors import UnsupportedMediaType
+from app.core.base.errors import BodyTooLarge, UnsupportedMediaType
 from app.core.base.events import event_context
 from app.routers.auditing import SAFE_METHODS, audited
 from app.routers.auth import OPEN_PATHS, require_path_tenant, require_scope, scopes_of
@@ -24,7 +24,8 @@ from app.routers.bodies import BodyReader
 from app.routers.deps import desk_of
 from app.routers.exchange import exchange_of, principal_of
 from app.routers.headers import media_type_of
-from app.routers.openapi import common_problems, merged
+from app.routers.openapi import common_problems, merged, problems
+from app.routers.schemas import Body
 
 JSON = "application/json"
 Handle = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -40,9 +41,11 @@ class ScopedRoute(APIRoute):
         if not scopes and path not in OPEN_PATHS:
             raise TypeError(f"{path} is not one of the open paths")
         self.scopes = scopes
-        kwargs["responses"] = merged(
-            kwargs.get("responses") or {}, common_problems(guarded=bool(scopes))
-        )
+        self.is_audited = "admin" in scopes and not SAFE_METHODS.issuperset(kwargs["methods"] or ())
+        said = merged(kwargs.get("responses") or {}, common_problems(guarded=bool(scopes)))
+        if self.is_audited or _takes_json(endpoint):
+            said = merged(said, problems(BodyTooLarge, UnsupportedMediaType))
+        kwargs["responses"] = said
         if scopes:
             extra = kwargs.get("openapi_extra") or {}
             security = [{"bearer": [scope]} for scope in sorted(scopes)]
@@ -70,12 +73,11 @@ class ScopedRoute(APIRoute):
         handle = super().get_route_handler()
         if _takes_bare_request(self.endpoint):
             handle = self.endpoint  # FastAPI has nothing to resolve: a third of a small append
-        is_audited = "admin" in self.scopes and bool((self.methods or set()) - SAFE_METHODS)
-        if is_audited:
+        if self.is_audited:
             handle = audited(handle, template=self.path)
         if self.body_field is not None:
             handle = _of_json(_with_body(handle))
-        elif is_audited:
+        elif self.is_audited:
             handle = _with_body(handle)  # the audit log reads one where the endpoint takes none
         if not self.scopes:
             return handle
@@ -119,6 +121,13 @@ def _outline(path: str) -> tuple[str, str, int]:
 def _takes_bare_request(endpoint: Callable[..., Any]) -> bool:
     signature = inspect.signature(endpoint)
     return list(signature.parameters) == ["request"] and signature.return_annotation is Response
+
+
+def _takes_json(endpoint: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(endpoint).parameters.values()
+    return any(
+        isinstance(one.annotation, type) and issubclass(one.annotation, Body) for one in parameters
+    )
 
 
 def _of_json(handle: Handle) -> Handle:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import gzip
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,23 @@ async def small(tmp_path: Path):
     ) as running:
         running.service.add_database("acme", "events")
         yield running
+
+
+@pytest.mark.parametrize(
+    ("path", "content_type"), [(PATH, "application/x-ndjson"), ("/checkpoints", "application/json")]
+)
+async def test_a_body_that_is_encoded_is_refused_not_stored(
+    small: Running, path: str, content_type: str
+):
+    """Compressed lines would be taken for records."""
+    headers = {"Content-Type": content_type, "Content-Encoding": "gzip"}
+    body = gzip.compress(b'{"n": 1}\n')
+    answer = await small.client.post(path, content=body, headers=headers)
+    assert (answer.status_code, answer.json()["code"]) == (415, "unsupported_media_type")
+    assert small.service.record_contents() == []
+    headers["Content-Encoding"] = "identity"
+    answer = await small.client.post(path, content=body, headers=headers)
+    assert answer.status_code != 415
 
 
 async def test_a_declared_body_over_the_limit_is_refused_unread(small: Running):

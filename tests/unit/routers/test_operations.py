@@ -226,6 +226,12 @@ async def test_examples_are_what_the_schemas_say(document):
     assert "HTTPValidationError" not in schemas
 
 
+async def test_every_body_may_be_too_large_or_of_another_type(document):
+    for path, method, operation in operations(document):
+        if "requestBody" in operation:
+            assert {"413", "415"} <= set(operation["responses"]), (method, path)
+
+
 async def test_every_idempotency_key_is_explained(document):
     with_keys = 0
     for path, _, operation in operations(document):
