@@ -9,8 +9,10 @@ Concurrency, cancellation, crash: see `tokens.py` and `oidc.py`; nothing is kept
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from starlette.requests import Request
+
 from app.core.base.errors import DatabaseNotFound, Forbidden, NotFound, Unauthenticated
-from app.routers.exchange import Principal
+from app.routers.exchange import Principal, exchange_of
 from app.routers.oidc import OidcTokens, looks_like_jwt
 from app.routers.tokens import SCOPES, FileTokens, Scope
 
@@ -71,6 +73,16 @@ def require_unbound(principal: Principal) -> None:
     """For what concerns all tenants at once. Raises Forbidden."""
     if principal.tenants is not None:
         raise Forbidden("This concerns all tenants; a token bound to tenants does not reach it.")
+
+
+async def check_again(request: Request) -> None:
+    """For answers without an end: a token may be withdrawn, changed, or expire meanwhile. Raises
+    Unauthenticated, NotReady.
+    """
+    authenticator: Authenticator = request.app.state.authenticator
+    exchange = exchange_of(request)
+    if await authenticator.authenticate(exchange.authorization) != exchange.principal:
+        raise Unauthenticated("The token is not what it was.")
 
 
 class Authenticator:

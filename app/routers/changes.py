@@ -6,6 +6,7 @@ to tenants is given their changes only (I12).
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, cast
 
@@ -21,7 +22,7 @@ from app.core.base.errors import (
     UnsupportedMediaType,
 )
 from app.core.stores.manifest.records import ChangeRecord
-from app.routers.auth import needs
+from app.routers.auth import check_again, needs
 from app.routers.changes_schemas import (
     AckBody,
     ChangePage,
@@ -165,7 +166,12 @@ async def read_changes(
         await feed.read(principal.name, name, limit=1, after=after, sees=sees)
         desk = desk_of(request)
         changes = feed.follow(principal.name, name, after=after, sees=sees)
-        return EventStream(_events(changes), clock=desk.clock, stopping=desk.stopping)
+        return EventStream(
+            _events(changes),
+            clock=desk.clock,
+            stopping=desk.stopping,
+            check=partial(check_again, request),
+        )
     found = await feed.read(principal.name, name, limit=limit + 1, after=after, sees=sees)
     next_cursor = None
     if len(found) > limit:

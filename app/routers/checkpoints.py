@@ -23,7 +23,7 @@ from app.core.base.errors import (
 )
 from app.core.stores.manifest.ops import Op
 from app.core.stores.manifest.records import ENDED_STATES, JobKind, JobRecord
-from app.routers.auth import needs, require_tenant
+from app.routers.auth import check_again, needs, require_tenant
 from app.routers.deps import WaitQuery, desk_of, services_of
 from app.routers.exchange import Principal, principal_of
 from app.routers.idempotent import IdempotencyKey, made_once
@@ -173,6 +173,7 @@ async def follow_checkpoint(
         _events(services_of(request).jobs.watch(id), principal_of(request)),
         clock=desk.clock,
         stopping=desk.stopping,
+        check=partial(check_again, request),
     )
 
 

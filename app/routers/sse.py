@@ -1,11 +1,12 @@
 """Server-sent events of one source (WHATWG HTML, section 9.2).
 
-Invariants: nothing is kept for a client that is gone or does not read (I11). Concurrency: pump
-and ping are tasks of the answer's own scope, and each event is one send. Cancellation: the
+Invariants: nothing is kept for a client that is gone or does not read (I11), and nothing more is
+told to one whose token counts no longer (I12). Concurrency: events and pings are tasks of the
+answer's own, and each event is one send. Cancellation: the
 source is closed before the answer returns. Crash: nothing is durable here.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
 import msgspec
@@ -13,8 +14,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from app.core.base.clock import Clock
-from app.core.base.errors import NotReady
-from app.core.base.tasks import TaskScope
+from app.core.base.errors import NotReady, Unauthenticated
+from app.core.base.tasks import run_beside
 from app.routers.exchange import ClientGone
 from app.routers.waiting import Stopping, while_connected
 
@@ -37,13 +38,20 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, source: AsyncGenerator[ServerEvent], *, clock: Clock, stopping: Stopping
+        self,
+        source: AsyncGenerator[ServerEvent],
+        *,
+        clock: Clock,
+        stopping: Stopping,
+        check: Callable[[], Awaitable[None]],
     ) -> None:
+        """`check` raises Unauthenticated once the caller is no longer who it was."""
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._source = source
         self._clock = clock
         self._stopping = stopping
+        self._check = check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope
@@ -51,19 +59,16 @@ class EventStream(Response):
             {"type": "http.response.start", "status": 200, "headers": list(self.raw_headers)}
         )
         try:
-            await while_connected(self._pump(send), receive=receive, stopping=self._stopping)
-        except NotReady:
-            pass  # the service stops: the stream ends well-formed, without `ended`
+            sending = run_beside(self._pump(send), self._ping(send))
+            await while_connected(sending, receive=receive, stopping=self._stopping)
+        except (NotReady, Unauthenticated):
+            pass  # the service stops, or the token does: well-formed, without `ended`
         except ClientGone:
             return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _pump(self, send: Send) -> None:
-        async with (
-            aclosing(self._source) as source,
-            TaskScope("events", on_error=_told_by_send) as tasks,
-        ):
-            tasks.start(self._ping(send), name="ping")
+        async with aclosing(self._source) as source:
             number = 0
             async for event in source:
                 number += 1
@@ -73,13 +78,9 @@ class EventStream(Response):
         """A comment now and then keeps proxies from taking the silence for death."""
         while True:
             await self._clock.sleep(PING_SECONDS)
+            await self._check()
             await send(_chunk(b": ping\n\n"))
 
 
 def _chunk(body: bytes) -> dict[str, object]:
     return {"type": "http.response.body", "body": body, "more_body": True}
-
-
-def _told_by_send(error: BaseException) -> None:
-    """A ping that cannot be sent means that the client is gone, which the pump sees itself."""
-    del error

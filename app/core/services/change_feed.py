@@ -5,6 +5,7 @@ that a subscriber that dies is given again what it had not finished. Changes tha
 not see are passed over, and the cursor with them, so that they never hold the log's trimming up.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,6 +38,7 @@ class CursorStatus:
 class ChangeFeed:
     def __init__(self, manifest: ManifestStore) -> None:
         self._manifest = manifest
+        self._followers: set[asyncio.Future[None]] = set()
 
     async def put(self, principal: str, name: str, start: Start) -> tuple[CursorStatus, bool]:
         """The cursor, set to `start`, and whether it is new. Raises CursorExpired,
@@ -45,6 +47,7 @@ class ChangeFeed:
         record, is_new = await self._commit(
             PutCursor(principal=principal, name=name, start=start), reason="cursor.put"
         )
+        self._wake_followers()
         return self._status(record), is_new
 
     def get(self, principal: str, name: str) -> CursorStatus:
@@ -72,6 +75,7 @@ class ChangeFeed:
     async def delete(self, principal: str, name: str) -> None:
         """Raises CursorNotFound."""
         await self._commit(DeleteCursor(principal=principal, name=name), reason="cursor.deleted")
+        self._wake_followers()
 
     async def read(
         self, principal: str, name: str, *, limit: int, after: int | None, sees: Sees
@@ -111,6 +115,8 @@ class ChangeFeed:
         position = after
         while True:
             changed = self._manifest.next_change()
+            touched = asyncio.get_running_loop().create_future()
+            self._followers.add(touched)
             try:
                 changes = await self.read(
                     principal, name, limit=READ_AT_ONCE, after=position, sees=sees
@@ -119,9 +125,16 @@ class ChangeFeed:
                     yield change
                     position = change.sequence
                 if not changes:
-                    await changed
+                    await asyncio.wait({changed, touched}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 changed.cancel()
+                self._followers.discard(touched)
+
+    def _wake_followers(self) -> None:
+        """A cursor is gone, or another: no change of the log tells those who follow it."""
+        for follower in self._followers:
+            if not follower.done():
+                follower.set_result(None)
 
     async def _load(self, name: str, position: int) -> list[ChangeRecord]:
         def load(view: ManifestView) -> list[ChangeRecord]:

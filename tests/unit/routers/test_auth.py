@@ -1,5 +1,6 @@
 """No route without a scope; no tenant seen by another's token."""
 
+import asyncio
 import hashlib
 import json
 import re
@@ -15,12 +16,14 @@ from app.core.base.errors import StartRefused
 from app.core.base.events import Events
 from app.core.stores.manifest.records import JobFailure
 from app.main import create_app
-from app.routers import auth, tokens
+from app.routers import auth, sse, tokens
 from app.routers.auth import OPEN_PATHS, SCOPES, needs
 from app.routers.route import ScopedRoute
 from app.settings import Settings
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_services import lease
+from tests.helpers.wait import wait_until
+from tests.unit.routers.asgi import RawExchange
 from tests.unit.routers.conftest import TOKENS, Running, bearer, write_tokens
 
 DOCUMENTS = {"/openapi.json", "/docs"}
@@ -357,3 +360,19 @@ async def test_with_a_port_of_their_own_operators_paths_exist_nowhere_else(tmp_p
             there = await running.client.get(f"http://service:8601{path}")
             assert there.status_code == 200
         assert (await running.client.get("/jobs")).status_code == 200
+
+
+async def test_a_stream_ends_with_its_token(guarded: Running, tokens_file, monkeypatch):
+    monkeypatch.setattr(sse, "PING_SECONDS", 0.01)
+    job = guarded.service.add_job()
+    path = f"/checkpoints/{job.job_id}/events"
+    raw = RawExchange("GET", path, headers=bearer("acme")).body(b"")
+    following = asyncio.create_task(raw.run(guarded.app))
+    await wait_until(lambda: raw.content.endswith(b": ping\n\n"))
+    write_tokens(tokens_file, {name: TOKENS[name] for name in TOKENS if name != "acme"})
+    guarded.app.state.authenticator.look_now()
+    async with asyncio.timeout(10):
+        await following
+    assert raw.complete
+    assert b"ended" not in raw.content
+    assert guarded.service.waiting == 0

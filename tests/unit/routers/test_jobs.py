@@ -269,7 +269,12 @@ async def test_silence_is_broken_by_pings():
         yield ServerEvent(name="ended", data=b"{}")
 
     raw = RawExchange("GET", "/events").body(b"")
-    stream = EventStream(source(), clock=clock, stopping=Stopping())
+
+    async def check():
+        checks.append(None)
+
+    checks: list[None] = []
+    stream = EventStream(source(), clock=clock, stopping=Stopping(), check=check)
     sending = asyncio.create_task(stream(raw.scope, raw.receive, raw.send))
     for count in (1, 2):
         await clock.until_sleeping()
@@ -278,3 +283,4 @@ async def test_silence_is_broken_by_pings():
     go.set()
     await sending
     assert raw.content == b": ping\n\n" * 2 + b"id: 1\nevent: ended\ndata: {}\n\n"
+    assert len(checks) == 2
