@@ -324,11 +324,12 @@ async def test_a_service_verifies_by_itself_where_it_is_told_to(make_server: Mak
     client = server.client
     await make(client, chunks=2)
 
-    async def is_verified() -> bool:
-        return await verified_at(client) is not None
+    async def ended() -> list:
+        wanted = {"kind": "verify_manifest", "state": "completed"}
+        return (await client.get("/jobs", params=wanted)).json()["items"]
 
-    await wait_until(is_verified)
-    jobs = (await client.get("/jobs", params={"kind": "verify_manifest"})).json()["items"]
+    jobs = await wait_until(ended)
+    assert await verified_at(client) is not None
     assert [(job["reason"], job["result"]["outcome"]) for job in jobs] == [
         ("scheduled", "verified")
     ]

@@ -339,7 +339,7 @@ MUTANTS = (
         dies_of="AssertionError",
         edits=[(
             "app/core/checkpoint/completion.py",
-            "        await store_document(parts.remote(), document, key=generation.document_key)\n",
+            "        await store_document(parts.remote(), document)\n",
             "",
         )],
     ),
@@ -476,8 +476,8 @@ MUTANTS = (
         dies_of="DID NOT RAISE",
         edits=[(
             "app/core/retention/orphans.py",
-            "            async for info in self._remote().list_blobs(prefix):\n",
-            "            async for info in _as_far_as_it_goes(self._remote(), prefix):\n",
+            "closing(self._remote().list_blobs(prefix))",
+            "closing(_as_far_as_it_goes(self._remote(), prefix))",
         ), (
             "app/core/retention/orphans.py",
             "class Known:\n",

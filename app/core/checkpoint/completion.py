@@ -10,8 +10,7 @@ Cancellation, crash: at any point; the next attempt does the rest.
 
 from app.core.base import failpoints
 from app.core.base.errors import InvariantViolation
-from app.core.checkpoint.document_store import store_document
-from app.core.checkpoint.generation_document import build_document
+from app.core.checkpoint.document_store import make_document, store_document
 from app.core.checkpoint.job_hold import JobHold
 from app.core.checkpoint.parts import CheckpointParts
 from app.core.stores.manifest.ops import AdvanceCheckpointed
@@ -22,18 +21,20 @@ async def complete_publication(parts: CheckpointParts, hold: JobHold) -> None:
     db_id, number = hold.job.db_id, hold.job.published_generation
     assert number is not None
     with parts.manifest.read() as view:
-        database = view.database(db_id)
-        generation = view.generation(db_id, number)
-        chunks = view.chunk_states(db_id, number)
-        deltas = view.delta_view(db_id, number)
+        database, generation = view.database(db_id), view.generation(db_id, number)
     if database is None or database.state == "tombstoned":
         return  # it was deleted meanwhile: nothing of it is to be kept
     if generation is None:
         raise InvariantViolation("a published generation is gone", db_id=db_id)
     if not generation.document_stored:
-        document = build_document(database, generation, chunks, deltas)
+        document = await parts.manifest.read_in_thread(
+            lambda view: make_document(
+                database, generation, view.chunk_states(db_id, number),
+                view.delta_view(db_id, number),
+            )
+        )  # fmt: skip
         failpoints.fp("publish.before_document")
-        await store_document(parts.remote(), document, key=generation.document_key)
+        await store_document(parts.remote(), document)
         failpoints.fp("publish.after_document")
         await hold.update(
             reason="checkpoint.durable",

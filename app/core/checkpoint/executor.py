@@ -18,8 +18,8 @@ import msgspec
 
 from app.core.base import failpoints
 from app.core.base.clock import wall_us
-from app.core.base.errors import JobCancelled, StalePlan
-from app.core.base.tasks import run_beside
+from app.core.base.errors import BopError, JobCancelled, StalePlan
+from app.core.base.tasks import run_beside, uninterrupted
 from app.core.checkpoint.blob_making import BlobMaking
 from app.core.checkpoint.completion import complete_publication
 from app.core.checkpoint.intents import (
@@ -248,16 +248,23 @@ class CheckpointExecutor:
                 segment_id: log.remembered_of(segment_id) for segment_id in plan.segment_ids
             },
         )
-        failpoints.fp("publish.before_commit")
-        await hold.update(
-            reason="checkpoint.published",
-            changes={"published_generation": plan.target_generation},
-            ops=batch.ops,
-            preconditions=batch.preconditions,
-        )
-        failpoints.fp("publish.after_commit")
-        log.mark_checkpointed(plan.segment_ids)
-        parts.events.info(
+
+        async def publish() -> None:
+            failpoints.fp("publish.before_commit")
+            await hold.update(
+                reason="checkpoint.published",
+                changes={"published_generation": plan.target_generation},
+                ops=batch.ops,
+                preconditions=batch.preconditions,
+            )
+            failpoints.fp("publish.after_commit")
+            log.mark_checkpointed(plan.segment_ids)
+            self._tell_published(hold.job, plan)
+
+        await uninterrupted(publish())  # the commit takes effect whoever waits for it
+
+    def _tell_published(self, job: JobRecord, plan: CheckpointPlan) -> None:
+        self._parts.events.info(
             "checkpoint.published",
             generation=plan.target_generation,
             checkpoint_id=plan.checkpoint_id,
@@ -267,7 +274,7 @@ class CheckpointExecutor:
             chunk_bytes=[blob.bytes for blob in blobs_of(rows_of(job.intents))],
             merged_chunks=merged_chunks(plan),
             delta_chain_lengths=delta_chain_lengths(plan),
-            **job_fields(hold.job),
+            **job_fields(job),
         )
 
     # --- after the publication: only onwards --------------------------------------------------
@@ -296,8 +303,15 @@ class CheckpointExecutor:
         )
 
     async def _clean_up(self, hold: JobHold) -> None:
-        """Scratch and reservation go; nothing there is fine."""
-        await self._parts.scratch.remove(hold.job.job_id)
+        """Scratch and reservation go; nothing there is fine. Scratch that cannot be removed now is
+        told and left to the janitor: the job goes on without it.
+        """
+        try:
+            await self._parts.scratch.remove(hold.job.job_id)
+        except (BopError, OSError) as error:
+            self._parts.events.error(
+                "checkpoint.scratch_left", error=repr(error), **job_fields(hold.job)
+            )
         self._parts.quota.forget_scratch(hold.job.job_id)
         reservation = self._reservations.pop(hold.job.job_id, None)
         if reservation is not None:

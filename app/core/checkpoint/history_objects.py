@@ -17,8 +17,7 @@ import msgspec
 from app.core.base import failpoints
 from app.core.base.errors import BopError, Unavailable
 from app.core.base.events import Events
-from app.core.checkpoint.document_store import store_document
-from app.core.checkpoint.generation_document import GenerationDocument, build_document
+from app.core.checkpoint.document_store import ReadyDocument, make_document, store_document
 from app.core.retention.snapshot_document import encode_snapshot
 from app.core.stores.manifest.errors import MissingRow
 from app.core.stores.manifest.ops import (
@@ -90,9 +89,9 @@ class HistoryObjects:
         found = await self.manifest.read_in_thread(lambda view: _first_document(view, fork))
         if found is None:
             return
-        generation, document = found
+        generation, ready = found
         failpoints.fp("fork.before_document")
-        await store_document(self.remote(), document, key=generation.document_key)
+        await store_document(self.remote(), ready)
         failpoints.fp("fork.after_document")
         durable = AdvanceCheckpointed(
             db_id=fork.child_db_id, generation=generation.generation, lsn=generation.last_lsn
@@ -108,7 +107,7 @@ class HistoryObjects:
         self.on_durable(fork.child_db_id)
         self.events.info(
             "fork.durable", tenant=fork.tenant, database=fork.database, db_id=fork.child_db_id,
-            generation=generation.generation, chunks=len(document.chunks),
+            generation=generation.generation, chunks=len(ready.document.chunks),
         )  # fmt: skip
 
     async def _retire(self, blob: BlobRef, *, db_id: int) -> None:
@@ -130,7 +129,7 @@ def _first_generation(view: ManifestView, fork: ForkRecord) -> GenerationRecord 
 
 def _first_document(
     view: ManifestView, fork: ForkRecord
-) -> tuple[GenerationRecord, GenerationDocument] | None:
+) -> tuple[GenerationRecord, ReadyDocument] | None:
     generation, database = _first_generation(view, fork), view.database(fork.child_db_id)
     if generation is None or database is None:
         return None
@@ -140,4 +139,4 @@ def _first_document(
     )
     chunks = view.chunk_states(database.db_id, generation.generation)
     deltas = view.delta_view(database.db_id, generation.generation)
-    return generation, build_document(database, generation, chunks, deltas)
+    return generation, make_document(database, generation, chunks, deltas)

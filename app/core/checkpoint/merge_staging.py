@@ -1,8 +1,8 @@
 """Makes the blob of a merged append_only chunk out of the blobs of its sources.
 
 Invariants: I2: hashed over the bytes that are uploaded. I7: sources are immutable, so that the same
-action gives the same bytes. I10: every entry is checked before it is sealed anew; a source that
-fails is `corrupt_blob`, and nothing is published.
+action gives the same bytes. I10: every entry is checked before it is sealed anew; what comes
+damaged is fetched once more, a source that stays so is `corrupt_blob`, and nothing is published.
 Concurrency: one merge a plan; sources that are not in the hot cache are fetched one after another.
 Cancellation: at any await; files are given back. Crash: what lies in scratch is written over.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from app.core.base import failpoints
 from app.core.base.errors import CorruptBlob, StalePlan
-from app.core.base.tasks import BlockingPool, uninterrupted
+from app.core.base.tasks import BlockingPool, acquired, uninterrupted
 from app.core.checkpoint.staging import (
     KeyScope,
     chunk_row,
@@ -27,12 +27,14 @@ from app.core.engines.base import CheckpointPlan, MergeChunks
 from app.core.formats.damage import Damage
 from app.core.formats.segment import EngineCode, SegmentHeader
 from app.core.formats.segment_merge import MergeInput, merge_segments_blocking
+from app.core.reads.log_reader import REMOTE_READS
 from app.core.stores.local.disk import disk_errors
 from app.core.stores.local.hot_cache import HotCache
 from app.core.stores.local.scratch import ScratchDir
 from app.core.stores.manifest.records import BlobRef, ChunkRecord
 from app.core.stores.manifest.store import ManifestStore
-from app.core.stores.remote.protocol import RemoteStore
+from app.core.stores.remote.protocol import BlobMissing, RemoteStore
+from app.core.stores.remote.streams import closing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,22 +87,39 @@ class MergeStaging:
         if pinned is not None:
             return stack.enter_context(pinned).descriptor
         path = self.scratch.file(f"source-{chunk_id}.blob")
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+        def open_blocking() -> int:
+            with disk_errors(path.parent):
+                return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+        descriptor = await acquired(self.pool.run(open_blocking), give_back=os.close)
         stack.callback(os.close, descriptor)
+        for _ in range(REMOTE_READS):
+            if await self._fetch(blob, path, descriptor) == blob.sha256:
+                return descriptor
+        raise CorruptBlob("A blob is not what was uploaded.", key=blob.key)
+
+    async def _fetch(self, blob: BlobRef, path: Path, descriptor: int) -> bytes:
+        """Writes what comes over the file; returns its SHA-256."""
         sha256 = hashlib.sha256()
 
-        def keep_blocking(piece: bytes) -> None:
+        def keep_blocking(piece: bytes, at: int) -> None:
             with disk_errors(path.parent):
                 view = memoryview(piece)
                 while view:
-                    view = view[os.write(descriptor, view) :]
+                    written = os.pwrite(descriptor, view, at)
+                    view, at = view[written:], at + written
             sha256.update(piece)
 
-        async for piece in self.remote().iter_blob(blob.key, length=blob.bytes):
-            await uninterrupted(self.pool.run(keep_blocking, piece))
-        if sha256.digest() != blob.sha256:
-            raise CorruptBlob("A blob is not what was uploaded.", key=blob.key)
-        return descriptor
+        at = 0
+        try:
+            async with closing(self.remote().iter_blob(blob.key, length=blob.bytes)) as pieces:
+                async for piece in pieces:
+                    await uninterrupted(self.pool.run(keep_blocking, piece, at))
+                    at += len(piece)
+        except BlobMissing as error:
+            raise CorruptBlob("The blob is gone from the remote store.", key=blob.key) from error
+        return sha256.digest()
 
     def _merge_blocking(
         self, action: MergeChunks, inputs: list[MergeInput], target: Path

@@ -82,10 +82,13 @@ async def load_changes(
     with await parts.pages.point(db_id, lsn=last_lsn) as point:
         if point.lsn != last_lsn:
             raise InvariantViolation("sealed WAL that does not end a transaction", db_id=db_id)
-        with parts.manifest.read() as view:
-            published = view.generation(db_id, point.generation)
-            states = view.chunk_states(db_id, point.generation)
-            deltas = _deltas_by_chunk(view.delta_view(db_id, point.generation))
+        at = point.generation
+        published, states, rows = await parts.manifest.read_in_thread(
+            lambda view: (
+                view.generation(db_id, at), view.chunk_states(db_id, at), view.delta_view(db_id, at)
+            )
+        )  # fmt: skip
+        deltas = _deltas_by_chunk(rows)
         valid = {row.chunk_id: row for row in states}  # bases and drops
         lowest = index.lowest_page_count(first_lsn, last_lsn)
         low = min(

@@ -5,7 +5,7 @@ persisted before anything is done about it.
 Cancellation: at any await; nothing is written. Crash: the same.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from app.core.base.errors import InvariantViolation
@@ -16,7 +16,14 @@ from app.core.coordination.flags import flags_of
 from app.core.engines.append_only.coalescing import plan_coalescing
 from app.core.engines.base import CheckpointPlan, PageChanges, PlannerContext, SegmentView
 from app.core.engines.planning import plan_checkpoint
-from app.core.stores.manifest.records import DatabaseRecord, JobRecord
+from app.core.stores.manifest.records import (
+    ChunkRecord,
+    DatabaseRecord,
+    FeatureFlags,
+    JobRecord,
+    WalSegmentRecord,
+)
+from app.core.stores.manifest.view import ManifestView
 
 
 class Planning(Protocol):
@@ -49,19 +56,14 @@ class CheckpointPlanning:
             segments = list(committed_segments(segments, await log.frames.read()))
             if segments:
                 changes = await load_changes(self._pages, log, segments, db_id=job.db_id)
-        with parts.manifest.read() as view:
-            database = view.database(job.db_id)
-            if database is None:
-                raise InvariantViolation("a checkpoint of no database", db_id=job.db_id)
-            chunks = view.chunk_view(job.db_id, database.generation)
-            rows = {row.segment_id: row for row in view.segments(job.db_id)}
-            flags = flags_of(view, job.tenant)
+        found = await parts.manifest.read_in_thread(lambda view: _rows_of(view, job))
+        database, rows, flags = found.database, found.segments, found.flags
         with_deltas = self._limits.deltas.enabled and flags.enable_chunk_deltas
         epoch = parts.ownership.epoch
         return plan_checkpoint(
             PlannerContext(
                 database=database,
-                chunks=tuple(chunks),
+                chunks=found.chunks,
                 segments=tuple(
                     SegmentView(
                         engine=info.engine_name,
@@ -83,6 +85,29 @@ class CheckpointPlanning:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    database: DatabaseRecord
+    chunks: tuple[ChunkRecord, ...]
+    segments: dict[int, WalSegmentRecord]
+    flags: FeatureFlags
+
+
+def _rows_of(view: ManifestView, job: JobRecord) -> _Rows:
+    """Walks over all chunks of the database. What is planned upon does not move meanwhile: nobody
+    else may change the database.
+    """
+    database = view.database(job.db_id)
+    if database is None:
+        raise InvariantViolation("a checkpoint of no database", db_id=job.db_id)
+    return _Rows(
+        database=database,
+        chunks=tuple(view.chunk_view(job.db_id, database.generation)),
+        segments={row.segment_id: row for row in view.segments(job.db_id)},
+        flags=flags_of(view, job.tenant),
+    )
+
+
 class CoalescingPlanning:
     """What merging small chunks does; the WAL is not looked at."""
 
@@ -91,21 +116,24 @@ class CoalescingPlanning:
 
     async def decide(self, job: JobRecord) -> CheckpointPlan | None:
         epoch = self._parts.ownership.epoch
-        with self._parts.manifest.read() as view:
+
+        def decide(view: ManifestView) -> CheckpointPlan | None:
+            """Walks over all chunks of the database."""
             database = view.database(job.db_id)
             if database is None or database.state != "active":
                 return None
             latest = view.generation(job.db_id, database.generation)
-            chunks = view.chunk_view(job.db_id, database.generation)
-        if latest is None:
-            return None
-        return plan_coalescing(
-            database,
-            chunks,
-            published_lsn=latest.last_lsn,
-            checkpoint_id=_checkpoint_id_of(job, database, epoch),
-            epoch=epoch,
-        )
+            if latest is None:
+                return None
+            return plan_coalescing(
+                database,
+                view.chunk_view(job.db_id, database.generation),
+                published_lsn=latest.last_lsn,
+                checkpoint_id=_checkpoint_id_of(job, database, epoch),
+                epoch=epoch,
+            )
+
+        return await self._parts.manifest.read_in_thread(decide)
 
 
 def _checkpoint_id_of(job: JobRecord, database: DatabaseRecord, epoch: int) -> CheckpointId:

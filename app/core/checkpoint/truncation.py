@@ -18,6 +18,7 @@ from app.core.base import failpoints
 from app.core.base.clock import wall_us
 from app.core.base.errors import DatabaseNotFound, SnapshotPinned
 from app.core.base.ids import JobId, checkpoint_id
+from app.core.base.tasks import uninterrupted
 from app.core.checkpoint.completion import complete_publication
 from app.core.checkpoint.job_hold import JobHold
 from app.core.checkpoint.parts import CheckpointParts, job_fields
@@ -99,35 +100,39 @@ class TruncationExecutor:
         generation = generation_of(
             plan, hold.job, epoch=epoch, committed_at_us=wall_us(parts.clock)
         )
-        failpoints.fp("truncate.before_commit")
-        await hold.update(
-            reason="truncation.published",
-            changes={
-                "published_generation": plan.target_generation,
-                "plan": msgspec.msgpack.encode(outcome),
-            },
-            ops=(
-                *truncation_ops(plan, generation, next_chunk_id=database.next_chunk_id),
-                *remembered,
-            ),
-            preconditions=(
-                ExpectGeneration(db_id=plan.db_id, generation=plan.expected_generation),
-                ExpectNoLeases(db_id=plan.db_id),
-                ExpectEpoch(epoch=epoch),
-            ),
-        )
-        failpoints.fp("truncate.after_commit")
-        log.mark_checkpointed(dropped)
-        parts.events.info(
-            "truncation.published",
-            generation=plan.target_generation,
-            first_lsn=plan.first_lsn,
-            dropped_first_lsn=plan.dropped_first,
-            dropped_last_lsn=plan.dropped_last,
-            chunks=len(plan.superseded),
-            segments=len(plan.cuts),
-            **job_fields(hold.job),
-        )
+
+        async def publish() -> None:
+            failpoints.fp("truncate.before_commit")
+            await hold.update(
+                reason="truncation.published",
+                changes={
+                    "published_generation": plan.target_generation,
+                    "plan": msgspec.msgpack.encode(outcome),
+                },
+                ops=(
+                    *truncation_ops(plan, generation, next_chunk_id=database.next_chunk_id),
+                    *remembered,
+                ),
+                preconditions=(
+                    ExpectGeneration(db_id=plan.db_id, generation=plan.expected_generation),
+                    ExpectNoLeases(db_id=plan.db_id),
+                    ExpectEpoch(epoch=epoch),
+                ),
+            )
+            failpoints.fp("truncate.after_commit")
+            log.mark_checkpointed(dropped)
+            parts.events.info(
+                "truncation.published",
+                generation=plan.target_generation,
+                first_lsn=plan.first_lsn,
+                dropped_first_lsn=plan.dropped_first,
+                dropped_last_lsn=plan.dropped_last,
+                chunks=len(plan.superseded),
+                segments=len(plan.cuts),
+                **job_fields(hold.job),
+            )
+
+        await uninterrupted(publish())  # the commit takes effect whoever waits for it
 
 
 def decide(

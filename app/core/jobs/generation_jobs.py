@@ -1,7 +1,7 @@
 """Jobs about one published generation: what they are asked for, and what holds it meanwhile."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +12,7 @@ from app.core.reads.generation_blobs import blobs_of
 from app.core.reads.read_point import GenerationPins
 from app.core.stores.manifest.records import BlobRef, DatabaseRecord, JobRecord
 from app.core.stores.manifest.store import ManifestStore
+from app.core.stores.manifest.view import ManifestView
 
 GenerationJobKind = Literal["verify_manifest", "download_checkpoint"]
 
@@ -48,30 +49,33 @@ class HeldGeneration:
     bytes: int
 
 
-@contextmanager
-def held_generation(
+@asynccontextmanager
+async def held_generation(
     manifest: ManifestStore, pins: GenerationPins, job: JobRecord
-) -> Iterator[HeldGeneration]:
+) -> AsyncIterator[HeldGeneration]:
     """The job's generation, pinned: nothing of it is collected within (I8). Raises
     DatabaseNotFound, GenerationExpired.
     """
     generation = int(job.params["generation"])
-    with manifest.read() as view:
-        database = view.database(job.db_id)
-        if database is None or database.state == "tombstoned":
-            raise DatabaseNotFound(f"{job.tenant}/{job.database} is gone.")
-        if view.generation(job.db_id, generation) is None:
-            raise GenerationExpired(
-                f"Generation {generation} is no longer retained.", generation=generation
-            )
-        blobs = blobs_of(view, job.db_id, generation)
-        unpin = pins.pin(job.db_id, generation)
+    unpin = pins.pin(job.db_id, generation)  # first: what is found then stays
     try:
-        yield HeldGeneration(
-            database=database,
-            generation=generation,
-            blobs=blobs,
-            bytes=sum(blob.bytes for blob in blobs),
-        )
+
+        def look(view: ManifestView) -> HeldGeneration:
+            database = view.database(job.db_id)
+            if database is None or database.state == "tombstoned":
+                raise DatabaseNotFound(f"{job.tenant}/{job.database} is gone.")
+            if view.generation(job.db_id, generation) is None:
+                raise GenerationExpired(
+                    f"Generation {generation} is no longer retained.", generation=generation
+                )
+            blobs = blobs_of(view, job.db_id, generation)
+            return HeldGeneration(
+                database=database,
+                generation=generation,
+                blobs=blobs,
+                bytes=sum(blob.bytes for blob in blobs),
+            )
+
+        yield await manifest.read_in_thread(look)
     finally:
         unpin()

@@ -6,24 +6,21 @@ descriptor is never closed under it.
 """
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
 from app.core.base.tasks import BlockingPool, acquired, uninterrupted
 from app.core.formats.damage import Damage
+from app.core.stores.local.disk import want_of_means
 
 Tier = Literal["wal", "local", "remote"]
-
-PIECE_BYTES = 1024 * 1024
 
 
 class RangeReads(Protocol):
     """The part of a remote store that reading needs: a RemoteStore, or one that asks first."""
 
     def get_blob(self, key: str, *, first: int, length: int) -> Awaitable[bytes]: ...
-
-    def iter_blob(self, key: str, *, first: int, length: int) -> AsyncIterator[bytes]: ...
 
 
 class ByteSource(Protocol):
@@ -32,10 +29,6 @@ class ByteSource(Protocol):
 
     async def read(self, first: int, length: int) -> bytes:
         """Exactly these bytes, in memory. Raises Damage if there are fewer."""
-        ...
-
-    def iter(self, first: int, length: int) -> AsyncIterator[bytes]:
-        """The same in pieces of at most 1 MiB."""
         ...
 
 
@@ -54,22 +47,21 @@ class LocalFile:
 
     @classmethod
     async def open(cls, path: Path, *, tier: Tier, pool: BlockingPool) -> "LocalFile":
-        descriptor = await acquired(
-            pool.run(os.open, path, os.O_RDONLY | os.O_CLOEXEC), give_back=os.close
-        )
+        """Raises OSError, and NotReady where the process has no descriptor left."""
+        try:
+            descriptor = await acquired(
+                pool.run(os.open, path, os.O_RDONLY | os.O_CLOEXEC), give_back=os.close
+            )
+        except OSError as error:
+            if (means := want_of_means(error)) is not None:
+                raise means from error
+            raise
         return cls(descriptor, tier=tier, pool=pool, on_close=lambda: os.close(descriptor))
 
     async def read(self, first: int, length: int) -> bytes:
         return await uninterrupted(
             self._pool.run(read_exactly_blocking, self._descriptor, first, length)
         )
-
-    async def iter(self, first: int, length: int) -> AsyncIterator[bytes]:
-        end = first + length
-        while first < end:
-            piece = await self.read(first, min(PIECE_BYTES, end - first))
-            yield piece
-            first += len(piece)
 
     def close(self) -> None:
         """Again is harmless."""
@@ -94,16 +86,6 @@ class RemoteBlob:
         if len(data) != length:
             raise Damage(f"{len(data)} bytes instead of {length}", offset=first)
         return data
-
-    async def iter(self, first: int, length: int) -> AsyncIterator[bytes]:
-        missing = length
-        async for piece in self._store.iter_blob(self._key, first=first, length=length):
-            missing -= len(piece)
-            if missing < 0:
-                break
-            yield piece
-        if missing != 0:
-            raise Damage(f"{length - missing} bytes instead of {length}", offset=first)
 
 
 def read_exactly_blocking(descriptor: int, first: int, length: int) -> bytes:

@@ -75,7 +75,7 @@ class LogReader:
         self.layouts = LayoutCache(limit_bytes=layout_cache_bytes)
 
     async def open_segment(self, segment: ReadableSegment) -> Log:
-        """Raises CorruptWal."""
+        """Raises CorruptWal, NotReady."""
         try:
             file = await LocalFile.open(segment.path, tier="wal", pool=self.pool)
         except FileNotFoundError as error:

@@ -31,6 +31,7 @@ from app.core.formats.segment import ENTRY_HEADER_BYTES, EntryType, parse_entry_
 from app.core.formats.sqlite_wal import FRAME_HEADER_BYTES, frame_bytes
 from app.core.reads.byte_source import read_exactly_blocking
 from app.core.reads.single_flight import SingleFlight
+from app.core.stores.local.disk import want_of_means
 from app.core.stores.wal.page_index import CUT_OFF, CutOff, FramePlace, GatheredPages, WalPageIndex
 
 Checksums = npt.NDArray[np.uint64]
@@ -182,6 +183,8 @@ class WalPageReader:
         try:
             return await uninterrupted(self._pool.run(step))
         except (Damage, OSError) as error:
+            if isinstance(error, OSError) and (means := want_of_means(error)) is not None:
+                raise means from error
             self._events.error("read.damaged", tier="wal", file=path.name, error=str(error))
             raise CorruptWal(
                 f"WAL segment {path.stem} is damaged: {error}.", segment=path.stem

@@ -103,11 +103,10 @@ class BlobCollector:
 
     async def _delete(self, rows: Sequence[GcRecord], now_us: int, collected: Collected) -> None:
         with self._manifest.read() as view:
-            provable = [row for row in rows if not view.blob_references(row.key)]
-        for row in rows:
-            if row not in provable:
-                self._events.error("collection.unprovable", key=row.key)
-        failed = {row.key for row in rows if row not in provable}
+            failed = {row.key for row in rows if view.blob_references(row.key)}
+        for key in sorted(failed):
+            self._events.error("collection.unprovable", key=key)
+        provable = [row for row in rows if row.key not in failed]
         if provable:
             remote = self._remote()
             await self._ownership.confirm()

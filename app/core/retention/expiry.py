@@ -77,8 +77,9 @@ class Expiry:
     async def sweep(self, db_id: int) -> Removed:
         """Every row that was superseded and that nothing needs."""
         async with self._lock:
-            with self._manifest.read() as view:
-                chunks = view.superseded_chunks(db_id, behind=0, through=None)
+            chunks = await self._manifest.read_in_thread(
+                lambda view: view.superseded_chunks(db_id, behind=0, through=None)
+            )
             return await self._guarded(self._remove(db_id, chunks, ()), db_id)
 
     async def prune(self, db_id: int) -> Removed:

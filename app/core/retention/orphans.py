@@ -28,11 +28,14 @@ from app.core.stores.remote.keys import (
     parse_key,
 )
 from app.core.stores.remote.protocol import BlobInfo, RemoteStore
+from app.core.stores.remote.streams import closing
 
 PREFIXES = (CHECKPOINTS_PREFIX, DOCUMENTS_PREFIX, SNAPSHOTS_PREFIX, PROBE_PREFIX)
 LOOKED_UP_AT_ONCE = 1000
 ORPHANS_MAX = 100_000
 """Of one sweep; the next finds the rest."""
+FOREIGN_MAX = 1000
+"""Keys that are told, of a prefix that somebody else writes to as well (I11)."""
 
 
 @dataclass(slots=True)
@@ -40,6 +43,7 @@ class OrphanReport:
     listed: int = 0
     orphans: list[BlobInfo] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
+    """The first of them."""
     queued: int = 0
     """For deletion."""
 
@@ -60,17 +64,19 @@ class OrphanSweep:
         report = OrphanReport()
         waiting: list[BlobInfo] = []
         for prefix in PREFIXES:
-            async for info in self._remote().list_blobs(prefix):
-                report.listed += 1
-                if parse_key(info.key) is None:
-                    report.foreign.append(info.key)
-                elif info.modified_at_us < modified_before_us:
-                    waiting.append(info)
-                if len(waiting) == LOOKED_UP_AT_ONCE:
-                    report.orphans += await self._unknown(waiting)
-                    waiting = []
-                if len(report.orphans) >= ORPHANS_MAX:
-                    break
+            async with closing(self._remote().list_blobs(prefix)) as found:
+                async for info in found:
+                    report.listed += 1
+                    if parse_key(info.key) is None:
+                        if len(report.foreign) < FOREIGN_MAX:
+                            report.foreign.append(info.key)
+                    elif info.modified_at_us < modified_before_us:
+                        waiting.append(info)
+                    if len(waiting) == LOOKED_UP_AT_ONCE:
+                        report.orphans += await self._unknown(waiting)
+                        waiting = []
+                    if len(report.orphans) >= ORPHANS_MAX:
+                        break
         report.orphans += await self._unknown(waiting)
         # Once more now that the listing has ended: what was published meanwhile is known.
         report.orphans = await self._unknown(report.orphans)

@@ -93,13 +93,16 @@ class RetentionPass:
             )
             judgement = judge(view.generations(record.db_id, limit=1_000_000), rule)
             expiring = [one.generation for one in judgement.expiring if one.document_stored]
+            if len(expiring) < len(judgement.expiring):
+                return expiring, now_us  # once its document is stored, it goes
             keep_us = (record.retention.keep_seconds or 0) * 1_000_000
             ends = (
                 one.superseded_at_us + keep_us
                 for one in judgement.kept
                 if one.superseded_at_us is not None
             )
-            return expiring, min(ends, default=float("inf"))
+            # What is kept beyond its time is kept for another reason.
+            return expiring, min((end for end in ends if end > now_us), default=float("inf"))
 
         expiring, due_at_us = await self._manifest.read_in_thread(decide)
         removed = await self._expiry.expire(record.db_id, expiring) if expiring else Removed()

@@ -18,6 +18,7 @@ from app.core.engines.append_only.coalescing import pick_run
 from app.core.jobs.queue import JobQueue
 from app.core.stores.manifest.records import DatabaseRecord, JobRecord
 from app.core.stores.manifest.store import ManifestStore
+from app.core.stores.manifest.view import ManifestView
 
 
 class Coalescing:
@@ -57,22 +58,10 @@ class Coalescing:
                 await self._look(self._published.pop())
 
     async def _look(self, db_id: int) -> None:
-        database = self._worth_it(db_id)
-        if database is None:
-            return
-        now = wall_us(self._clock)
-        job = JobRecord(
-            job_id=new_ulid(self._clock, self._randomness),
-            kind="coalesce_chunks",
-            tenant=database.tenant,
-            database=database.name,
-            db_id=db_id,
-            created_at_us=now,
-            reason="small_chunks",
-            deadline_us=now + int(self._deadline_seconds * 1e6),
-        )
         try:
-            await self._queue.enqueue(job, join=True)
+            database = await self._manifest.read_in_thread(lambda view: _worth_it(view, db_id))
+            if database is not None:
+                await self._ask(database)
         except Backpressure:
             return  # the next publication looks again
         except BopError as error:
@@ -80,13 +69,28 @@ class Coalescing:
                 "coalescing.not_enqueued", db_id=db_id, code=error.code, detail=str(error)
             )
 
-    def _worth_it(self, db_id: int) -> DatabaseRecord | None:
-        with self._manifest.read() as view:
-            database = view.database(db_id)
-            if database is None or (database.engine, database.state) != ("append_only", "active"):
-                return None
-            if not flags_of(view, database.tenant).enable_checkpoints:
-                return None
-            chunks = view.chunk_view(db_id, database.generation)
-        run = pick_run(chunks, db_id=db_id, chunk_bytes=database.chunk_bytes)
-        return database if run else None
+    async def _ask(self, database: DatabaseRecord) -> None:
+        now = wall_us(self._clock)
+        job = JobRecord(
+            job_id=new_ulid(self._clock, self._randomness),
+            kind="coalesce_chunks",
+            tenant=database.tenant,
+            database=database.name,
+            db_id=database.db_id,
+            created_at_us=now,
+            reason="small_chunks",
+            deadline_us=now + int(self._deadline_seconds * 1e6),
+        )
+        await self._queue.enqueue(job, join=True)
+
+
+def _worth_it(view: ManifestView, db_id: int) -> DatabaseRecord | None:
+    """Walks over all chunks of the database."""
+    database = view.database(db_id)
+    if database is None or (database.engine, database.state) != ("append_only", "active"):
+        return None
+    if not flags_of(view, database.tenant).enable_checkpoints:
+        return None
+    chunks = view.chunk_view(db_id, database.generation)
+    run = pick_run(chunks, db_id=db_id, chunk_bytes=database.chunk_bytes)
+    return database if run else None

@@ -15,6 +15,7 @@ from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.remote.keys import DOCUMENTS_PREFIX
 from app.core.stores.remote.probe import probe
 from app.core.stores.remote.protocol import RemoteStore
+from app.core.stores.remote.streams import closing
 from app.core.workers.older_copy import refuse_older_copy
 
 
@@ -78,11 +79,13 @@ class PrefixClaim:
     async def _refuse_second_history(self) -> None:
         if not self._fresh:
             return
-        async for _ in self._remote.list_blobs(DOCUMENTS_PREFIX):
-            raise StartRefused(
-                "The data directory is empty, but the remote prefix holds databases. Restore them "
-                "with 'bop-checkpoint recover', or choose another prefix with BOP_REMOTE_URL."
-            )
+        async with closing(self._remote.list_blobs(DOCUMENTS_PREFIX)) as found:
+            async for _ in found:
+                raise StartRefused(
+                    "The data directory is empty, but the remote prefix holds databases. Restore "
+                    "them with 'bop-checkpoint recover', or choose another prefix with "
+                    "BOP_REMOTE_URL."
+                )
 
     async def run(self) -> None:
         attempt = 0

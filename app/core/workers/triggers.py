@@ -107,9 +107,20 @@ class CheckpointTriggers:
             await self._begin(db_id, reason=TIMER)
             self._arm(db_id, now=now)
 
+    def _tell_busy(self, db_id: int, error: BopError) -> None:
+        """The manifest has no reader to spare: it is looked at again."""
+        self._events.warning(
+            "checkpoint.trigger_waits", db_id=db_id, code=error.code, detail=str(error)
+        )
+
     def _arm(self, db_id: int, *, now: float) -> None:
         """Nothing to arm: clean, switched off, or gone. Then it is told of when that changes."""
-        wanted = self._wanted(db_id)
+        try:
+            wanted = self._wanted(db_id)
+        except BopError as error:
+            self._tell_busy(db_id, error)
+            self._timers.arm(db_id, due=now + AGAIN_SECONDS)
+            return
         if wanted is not None and wanted.interval_seconds:
             due = next_due(db_id, interval_seconds=wanted.interval_seconds, now=now)
             self._timers.arm(db_id, due=due)
@@ -143,7 +154,11 @@ class CheckpointTriggers:
 
     async def _begin(self, db_id: int, *, reason: str) -> bool:
         """False: it is still wanted, and cannot begin now."""
-        wanted = self._wanted(db_id)
+        try:
+            wanted = self._wanted(db_id)
+        except BopError as error:
+            self._tell_busy(db_id, error)
+            return False
         if wanted is None or wanted.record.health == "corrupt_wal":
             return True
         if self._queue.draining or self._queue.works_on(wanted.record, "create_checkpoint"):

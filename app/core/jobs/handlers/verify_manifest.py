@@ -57,7 +57,7 @@ class VerifyManifest:
     async def run(self, context: JobContext) -> Mapping[str, Any]:
         """Raises CorruptBlob, once all was looked at, where something stayed damaged."""
         parts, job = self._parts, context.job
-        with held_generation(parts.manifest, parts.pins, job) as held:
+        async with held_generation(parts.manifest, parts.pins, job) as held:
             known = await parts.manifest.read_in_thread(lambda view: ledger_of(view, job, held))
             done = {record.key: record for record in known}
             tally = _Tally()
@@ -74,7 +74,7 @@ class VerifyManifest:
     async def abandon(self, context: JobContext) -> tuple[tuple[Op, ...], dict[str, Any]]:
         parts, job = self._parts, context.job
         try:
-            with held_generation(parts.manifest, parts.pins, job) as held:
+            async with held_generation(parts.manifest, parts.pins, job) as held:
                 found = await parts.manifest.read_in_thread(lambda view: ledger_of(view, job, held))
                 return (), {"result": report(held, found)}
         except (DatabaseNotFound, GenerationExpired):

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from app.core.base.errors import DiskFull, StorageFailure
+from app.core.base.errors import DiskFull, NotReady, StorageFailure
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NO_MEANS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 def free_bytes_blocking(path: Path) -> int:
@@ -17,9 +18,18 @@ def free_bytes_blocking(path: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
+def want_of_means(error: OSError) -> NotReady | None:
+    """Where the process, not the disk, has nothing left to open a file with: that passes."""
+    if error.errno not in _NO_MEANS:
+        return None
+    return NotReady(f"The process is out of means: {error}.", retry_after_seconds=1)
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raises DiskFull for want of room, and StorageFailure (fail-stop, I16) for an EIO."""
+    """Raises DiskFull for want of room, NotReady for want of descriptors, and StorageFailure
+    (fail-stop, I16) for an EIO.
+    """
     try:
         yield
     except OSError as error:
@@ -27,6 +37,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise DiskFull(free_bytes=free_bytes_blocking(path)) from error
         if error.errno == errno.EIO:
             raise StorageFailure(f"The data disk failed: {error}") from error
+        if (means := want_of_means(error)) is not None:
+            raise means from error
         raise
 
 

@@ -1,6 +1,7 @@
 """The truncation job over a real manifest: when it waits, what it commits, what it leaves alone."""
 
 import asyncio
+import threading
 from contextlib import asynccontextmanager
 
 import pytest
@@ -310,3 +311,25 @@ async def test_snapshots_pin_chunks_by_name(bench):
     assert bench.catalogue() == before
     await bench.truncation("tail", 31, 35)  # the WAL is pinned by nobody
     assert (await bench.run_claimed(bench.handler())).state == "completed"
+
+
+async def test_a_truncation_cancelled_while_it_publishes_tells_the_log(bench, monkeypatch):
+    """Its commit goes on: the log must not go on showing what it dropped as unpublished."""
+    submitted, held = asyncio.Event(), threading.Event()
+    commit = bench.manifest.commit
+
+    async def commit_late(batch):
+        if batch.reason == "truncation.published":
+            monkeypatch.setattr(bench.manifest._writer, "_before_group", lambda: held.wait(5))
+            submitted.set()
+        return await commit(batch)
+
+    monkeypatch.setattr(bench.manifest, "commit", commit_late)
+    job = await bench.truncation("tail", 31, 35)
+    async with running(bench) as attempt:
+        await submitted.wait()
+        attempt.cancel()
+        asyncio.get_running_loop().call_later(0.05, held.set)
+        await asyncio.wait({attempt})
+    assert bench.job(job.job_id).published_generation == 4
+    assert bench.log.checkpointed == {31}

@@ -2,13 +2,15 @@
 
 import asyncio
 import contextlib
+import errno
+import os
 import random
 import threading
 
 import pytest
 from pyroaring import BitMap
 
-from app.core.base.errors import CorruptBlob, CorruptWal, GenerationExpired, NotFound
+from app.core.base.errors import CorruptBlob, CorruptWal, GenerationExpired, NotFound, NotReady
 from app.core.base.errors import RemoteUnavailable as Unavailable
 from app.core.reads import wal_pages
 from app.core.reads.page_cache import FetchOptions
@@ -469,6 +471,23 @@ async def test_an_entry_read_whole_is_read_once_and_checked(db):
         with pytest.raises(CorruptWal):
             await newest(db)
     path.write_bytes(intact)
+    assert await newest(db) == db.expected()
+
+
+@pytest.mark.parametrize("want", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+async def test_a_process_out_of_means_is_no_damage(db, monkeypatch, want):
+    await db.append({n: page(n) for n in (1, 2, 3)})
+    await db.append({2: page(12)})
+
+    def refuse(*_):
+        raise OSError(want, os.strerror(want))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(wal_pages.os, "open", refuse)
+        for read in (newest(db), tier_of(db, 1)):
+            with pytest.raises(NotReady):
+                await read
+    assert not [name for name, _ in db.told if name == "read.damaged"]
     assert await newest(db) == db.expected()
 
 

@@ -1,4 +1,5 @@
 import asyncio
+import errno
 import os
 import random
 import threading
@@ -7,7 +8,13 @@ import tracemalloc
 import msgspec
 import pytest
 
-from app.core.base.errors import CorruptBlob, CorruptWal, NotLineRecords, RemoteUnavailable
+from app.core.base.errors import (
+    CorruptBlob,
+    CorruptWal,
+    NotLineRecords,
+    NotReady,
+    RemoteUnavailable,
+)
 from app.core.formats.container import parse_container_directory
 from app.core.formats.record_framing import pack_records, unpack_records
 from app.core.reads import byte_source, record_reader
@@ -409,6 +416,19 @@ async def test_every_byte_of_a_wal_segment(house, tmp_path):
         else:
             assert await house.read() == list(segment.records)
     house.check_nothing_is_held()
+
+
+async def test_a_process_without_descriptors_is_no_damage(house, tmp_path, monkeypatch):
+    house.segments.append(build_segment(tmp_path / "s", [[b"a", b"b"]]))
+
+    def refuse(*_):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("app.core.reads.byte_source.os.open", refuse)
+        with pytest.raises(NotReady):
+            await house.open()
+    assert await house.read() == [b"a", b"b"]
 
 
 async def test_a_segment_file_that_is_gone_or_cut(house, tmp_path):

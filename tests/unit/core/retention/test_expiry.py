@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from app.core.base.errors import GenerationExpired
 from app.core.retention.expiry import gaps
+from app.core.retention.policy import judge
 from app.core.stores.manifest import ops
 from app.core.stores.manifest.errors import GenerationGone, RowPinned
 from app.core.stores.manifest.records import Retention, SnapshotRecord
@@ -239,6 +240,32 @@ async def test_a_generation_without_its_document_stays(world: World) -> None:
     await world.publish(db_id, 0, "base")
     await world.retention.run(world.now_us, everything=True)
     assert [one.generation for one in world.generations(db_id)] == [1, 2]
+    stored = ops.AdvanceCheckpointed(db_id=db_id, generation=1, lsn=1)
+    await world.store.commit(batch(stored))  # and then it goes, without anyone asking
+    await world.retention.run(world.now_us, everything=False)
+    assert [one.generation for one in world.generations(db_id)] == [2]
+
+
+@pytest.mark.parametrize("keep_seconds", [None, 60])
+async def test_what_is_kept_for_its_number_is_not_judged_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, keep_seconds: int | None
+) -> None:
+    judged: list[int] = []
+
+    def count(generations, rule):
+        judged.append(rule.newest)
+        return judge(generations, rule)
+
+    monkeypatch.setattr("app.core.retention.policy_pass.judge", count)
+    db_id = await world.create(
+        Retention(keep_generations=9, keep_seconds=keep_seconds, minimum_generations=1)
+    )
+    for _ in range(3):
+        await world.publish(db_id, 0, "base")
+    world.clock.wall_seconds += 3600
+    for _ in range(5):
+        await world.retention.run(world.now_us, everything=False)
+    assert judged == [3]
 
 
 async def test_a_generation_goes_when_its_snapshot_does(world: World) -> None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from app.core.base.clock import SeededRandomness
+from app.core.base.errors import ManifestBusy
 from app.core.base.events import Events
 from app.core.coordination.checkpoint_demand import CheckpointDemand
 from app.core.coordination.quota import StorageQuota
@@ -104,6 +105,25 @@ async def test_a_dirty_database_is_checkpointed_once_an_interval(house):
     assert await house.pass_time(120) == []
     room.unpublished(1)
     assert await house.pass_time(60) == [("log", "timer")]
+
+
+@pytest.mark.parametrize("busy_from", [0, 55])
+async def test_a_manifest_without_a_reader_to_spare_only_delays(house, monkeypatch, busy_from):
+    room = await house.add("log")
+    read, begun = house.manifest.read, house.clock.monotonic()
+
+    def busy():
+        if begun + busy_from <= house.clock.monotonic() < begun + busy_from + 15:
+            raise ManifestBusy
+        return read()
+
+    room.unpublished(100)
+    with monkeypatch.context() as patched:
+        patched.setattr(house.manifest, "read", busy)
+        for _ in range(75):
+            await house.triggers.run_once()
+            house.clock.advance(1)
+    assert [(job.database, job.reason) for job in house.jobs()] == [("log", "timer")]
 
 
 async def test_an_unfinished_checkpoint_is_not_doubled(house):

@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from app.core.base import failpoints
-from app.core.base.errors import DiskFull, InvariantViolation, StorageFailure
+from app.core.base.errors import DiskFull, InvariantViolation, NotReady, StorageFailure
 from app.core.base.tasks import BlockingPool
 from app.core.stores.local import disk
 from app.core.stores.local.scratch import ScratchStore
@@ -45,6 +45,12 @@ def store(root, pool, clock):
 def age(path, clock, seconds):
     at = clock.wall_ns() - round(seconds * 1e9)
     os.utime(path, ns=(at, at))
+
+
+def test_a_process_out_of_means_is_no_failure_of_the_disk(tmp_path):
+    for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        with pytest.raises(NotReady), disk.disk_errors(tmp_path):
+            raise OSError(number, os.strerror(number))
 
 
 async def test_create_takes_up_an_existing_directory_and_remove_is_idempotent(store, root):
