@@ -158,6 +158,8 @@ class Settings(BaseSettings):
     """After that long above the trigger, a database beyond its share is refused appends."""
     page_cache_bytes: int = Field(default=64 * MIB, ge=0)
     hot_cache_bytes: int = Field(default=4 * GIB, ge=0)
+    directory_cache_bytes: int = Field(default=256 * MIB, ge=0)
+    """Directories of page blobs on the disk, for some 50 GiB of databases; beside the quota."""
     body_memory_bytes: int = Field(default=64 * MIB, ge=1 * MIB)
     """All request bodies held in memory at once; what does not fit is spooled to a file."""
 

@@ -20,6 +20,7 @@ from app.core.reads.page_cache import PageCache
 from app.core.reads.page_store import PageStore
 from app.core.reads.read_point import GenerationPins
 from app.core.services.directory import DatabaseDirectory
+from app.core.stores.local.directory_files import DirectoryFiles
 from app.core.stores.local.hot_cache import HotCache
 from app.core.stores.wal.store import WalStore
 from app.core.workers.prefix_claim import PrefixClaim
@@ -36,6 +37,7 @@ class Storage:
     backlog: WalBacklog
     demand: CheckpointDemand
     hot_cache: HotCache
+    directory_files: DirectoryFiles
     scratch_links: bool
     wal: WalStore
     directory: DatabaseDirectory
@@ -105,6 +107,12 @@ async def open_storage(
     )
     quota.add_reclaimer(hot_cache)
     await quota.trim()
+    directory_files = await DirectoryFiles.open(
+        settings.data_dir / "directories",
+        limit_bytes=settings.directory_cache_bytes,
+        pool=ground.pool,
+        events=events,
+    )
     page_cache, pins = PageCache(limit_bytes=settings.page_cache_bytes), GenerationPins()
     limiter = await open_limiter(stack, settings, ground, events=events)
     page_store = await stack.enter_async_context(
@@ -118,6 +126,7 @@ async def open_storage(
             pool=ground.pool,
             clock=ground.clock,
             events=events,
+            kept_directories=directory_files,
         )
     )
     return Storage(
@@ -126,6 +135,7 @@ async def open_storage(
         backlog=backlog,
         demand=demand,
         hot_cache=hot_cache,
+        directory_files=directory_files,
         scratch_links=await ground.scratch.takes_links_of(settings.data_dir / "wal"),
         wal=wal,
         directory=directory,

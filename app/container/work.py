@@ -148,6 +148,7 @@ def _checkpoint_parts(
         scratch=ground.scratch,
         scratch_links=storage.scratch_links,
         hot_cache=storage.hot_cache,
+        directory_files=storage.directory_files,
         quota=storage.quota,
         wal_since=storage.backlog.dirty_since,
         remote=claim.remote,

@@ -21,6 +21,7 @@ from app.core.formats.segment import EngineCode, EntryType
 from app.core.reads.page_cache import PageCache
 from app.core.reads.page_store import PageStore
 from app.core.reads.read_point import GenerationPins, ReadPoint
+from app.core.stores.local.directory_files import DirectoryFiles
 from app.core.stores.local.hot_cache import HotCache
 from app.core.stores.manifest import ops
 from app.core.stores.manifest.records import (
@@ -98,6 +99,7 @@ class PagedDatabase:
     store: PageStore
     work: Path
     told: list[tuple[str, dict[str, object]]]
+    kept: DirectoryFiles
     content: dict[int, bytes] = field(default_factory=dict)
     page_count: int = 0
     generation: int = 0
@@ -283,6 +285,7 @@ async def paged_database(
     codec: CodecName = "zstd",
     page_cache_bytes: int = MIB,
     hot_cache_bytes: int = 64 * MIB,
+    directory_cache_bytes: int = 0,
     **options: Any,
 ) -> AsyncIterator[PagedDatabase]:
     async with AsyncExitStack() as stack:
@@ -320,16 +323,19 @@ async def paged_database(
         hot_cache = await HotCache.open(
             work / "hot", limit_bytes=hot_cache_bytes, pool=pool, events=events
         )
+        kept = await DirectoryFiles.open(
+            work / "directories", limit_bytes=directory_cache_bytes, pool=pool, events=events
+        )
         remote, cache = MemoryRemote(), PageCache(limit_bytes=page_cache_bytes)
         pins = GenerationPins()
         store = await stack.enter_async_context(
             PageStore(
                 manifest, wal, remote=lambda: remote, hot_cache=hot_cache, cache=cache, pins=pins,
-                pool=pool, clock=clock, events=events, **options,
+                pool=pool, clock=clock, events=events, kept_directories=kept, **options,
             )
         )  # fmt: skip
         yield PagedDatabase(
             db_id=db_id, page_size=page_size, chunk_bytes=chunk_bytes, codec=codec,
             manifest=manifest, wal=wal, remote=remote, hot_cache=hot_cache, cache=cache,
-            pins=pins, store=store, work=work, told=told,
+            pins=pins, store=store, work=work, told=told, kept=kept,
         )  # fmt: skip

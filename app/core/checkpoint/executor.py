@@ -148,7 +148,7 @@ class CheckpointExecutor:
         if not all_made(hold.job.intents, plan):
             await self._reserve(hold, plan)
             await self._blobs.run(hold, plan)
-        await self._keep_local(hold)
+        await self._keep_local(hold, plan)
         await self._publish(hold, plan, tokens)
 
     async def _plan(
@@ -204,8 +204,10 @@ class CheckpointExecutor:
         )
         failpoints.fp("quota.after_reserve")
 
-    async def _keep_local(self, hold: JobHold) -> None:
-        """Links the blobs into the hot cache, then scratch and reservation go."""
+    async def _keep_local(self, hold: JobHold, plan: CheckpointPlan) -> None:
+        """Links the blobs into the hot cache, and keeps page blobs' directories beyond it; then
+        scratch and reservation go.
+        """
         await hold.update(reason="checkpoint.cleanup", changes={"stage": "cleanup"})
         parts = self._parts
         directory = await parts.scratch.create(hold.job.job_id)
@@ -219,6 +221,11 @@ class CheckpointExecutor:
             )
             if kept and reservation is not None:
                 reservation.spend(blob.bytes)
+            if plan.engine == "libsql":
+                await parts.directory_files.put_from(
+                    path, blob.sha256.hex(),
+                    offset=row.directory_offset, length=row.directory_bytes,
+                )  # fmt: skip
         failpoints.fp("cleanup.after_links")
         await self._clean_up(hold)
         parts.events.info("checkpoint.cleaned_up", **job_fields(hold.job))

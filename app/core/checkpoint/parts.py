@@ -11,6 +11,7 @@ from app.core.coordination.ownership import PrefixOwnership
 from app.core.coordination.quota import StorageQuota
 from app.core.engines.base import DeltaLimits
 from app.core.reads.page_store import PageStore
+from app.core.stores.local.directory_files import DirectoryFiles
 from app.core.stores.local.hot_cache import HotCache
 from app.core.stores.local.scratch import ScratchStore
 from app.core.stores.manifest.records import JobRecord
@@ -40,6 +41,7 @@ class CheckpointParts:
     scratch_links: bool
     """Scratch takes hard links of WAL segments."""
     hot_cache: HotCache
+    directory_files: DirectoryFiles
     quota: StorageQuota
     wal_since: Callable[[int], float]
     """Since when the database has unpublished WAL, by the monotonic clock."""

@@ -11,7 +11,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -44,6 +44,16 @@ class _Run:
     tier: Tier
 
 
+class KeptDirectories(Protocol):
+    """Directories on the local disk, by their blobs' SHA-256 in hex (stores/local)."""
+
+    async def get(self, sha256: str) -> bytes | None: ...
+
+    async def put(self, sha256: str, data: bytes) -> None: ...
+
+    async def drop(self, sha256: str) -> None: ...
+
+
 class PageBlobs:
     def __init__(
         self,
@@ -52,9 +62,11 @@ class PageBlobs:
         *,
         scope: TaskScope,
         directories_bytes: int = DIRECTORIES_BYTES,
+        kept: KeptDirectories | None = None,
     ) -> None:
         self.reader = reader
         self._cache = cache
+        self._kept = kept
         self._directories = _DirectoryCache(limit_bytes=directories_bytes)
         self._directory_flights = SingleFlight[bytes, PageBlobDirectory](scope)
         self._block_flights = SingleFlight[tuple[bytes, int], _Run](scope)
@@ -179,29 +191,46 @@ class PageBlobs:
         return OpenPages(self.reader, blob, directory, base)
 
     async def _directory(self, layer: Layer) -> PageBlobDirectory:
-        sha256, row = layer.blob.sha256, layer.row
+        sha256 = layer.blob.sha256
         directory = self._directories.get(sha256)
         if directory is None:
-
-            async def fetch() -> PageBlobDirectory:
-                mine = await self.reader.open(layer.blob)
-                try:
-                    found = await mine.fetch(
-                        row.directory_offset,
-                        row.directory_bytes,
-                        lambda data: _parse_directory(layer, data),
-                    )
-                finally:
-                    mine.close()
-                self._directories.put(sha256, found)
-                return found
-
-            directory = await self._directory_flights.run(sha256, fetch)
+            directory = await self._directory_flights.run(
+                sha256, lambda: self._load_directory(layer)
+            )
         try:
             _check_directory(layer, directory)  # another row may mean the same blob
         except Damage as error:
             raise corrupt_blob(layer.blob, f"The blob is damaged: {error}.") from error
         return directory
+
+    async def _load_directory(self, layer: Layer) -> PageBlobDirectory:
+        """From where it was kept on the disk, else from the blob."""
+        found = await self._read_kept(layer) or await self._fetch_directory(layer)
+        self._directories.put(layer.blob.sha256, found)
+        return found
+
+    async def _read_kept(self, layer: Layer) -> PageBlobDirectory | None:
+        if self._kept is None or (data := await self._kept.get(layer.blob.sha256.hex())) is None:
+            return None
+        try:
+            return await self.reader.pool.run(_parse_directory, layer, data)
+        except Damage:
+            await self._kept.drop(layer.blob.sha256.hex())
+            return None
+
+    async def _fetch_directory(self, layer: Layer) -> PageBlobDirectory:
+        mine = await self.reader.open(layer.blob)
+        try:
+            found, data = await mine.fetch(
+                layer.row.directory_offset,
+                layer.row.directory_bytes,
+                lambda data: (_parse_directory(layer, data), data),
+            )
+        finally:
+            mine.close()
+        if self._kept is not None:
+            await self._kept.put(layer.blob.sha256.hex(), data)
+        return found
 
 
 class _DirectoryCache:

@@ -28,7 +28,7 @@ from app.core.reads.delta_chain import DeltaChain, Layer, delta_chain
 from app.core.reads.heads import Head, Heads
 from app.core.reads.log_reader import BlobCache
 from app.core.reads.open_pages import OpenPages
-from app.core.reads.page_blobs import DIRECTORIES_BYTES, PageBlobs, PageTier
+from app.core.reads.page_blobs import DIRECTORIES_BYTES, KeptDirectories, PageBlobs, PageTier
 from app.core.reads.page_cache import FetchOptions, PageCache, PageKey
 from app.core.reads.page_windows import OpenChunk, windows
 from app.core.reads.read_point import GenerationPins, ReadPoint
@@ -91,6 +91,7 @@ class PageStore:
         read_ahead_windows: int = READ_AHEAD_WINDOWS,
         small_blob_bytes: int = SMALL_BLOB_BYTES,
         directories_bytes: int = DIRECTORIES_BYTES,
+        kept_directories: KeptDirectories | None = None,
     ) -> None:
         self._manifest = manifest
         self._wal = wal
@@ -115,6 +116,7 @@ class PageStore:
             cache,
             scope=self._scope,
             directories_bytes=directories_bytes,
+            kept=kept_directories,
         )
         self._wal_reader = WalPageReader(pool=pool, scope=self._scope, clock=clock, events=events)
         self._chains = _ChainCache(limit_bytes=CHAINS_BYTES)

@@ -253,6 +253,53 @@ async def test_a_cold_page_takes_two_ranged_reads_and_its_neighbours_none(tmp_pa
         assert len(db.remote.reads) == 3
 
 
+async def test_a_kept_directory_saves_a_read_until_it_is_damaged(tmp_path):
+    async with paged_database(
+        tmp_path, page_size=4096, chunk_bytes=1 << 20, small_blob_bytes=1 << 14,
+        directory_cache_bytes=1 << 20, page_cache_bytes=0,
+    ) as db:  # fmt: skip
+        content = {n: made_page(n, 4096) for n in range(1, 257)}
+        await db.publish(rewrites={0: content}, local=False)
+        await db.publish(deltas={0: {7: changed(content[7])}}, local=False)
+        assert await tier_of(db, 100) == "remote"
+        assert await tier_of(db, 7) == "remote"
+        assert len(db.kept) == 2
+
+        async def cold_reads(page_no: int) -> int:
+            db.store._blobs._directories._directories.clear()
+            db.store._blobs.reader.small_blobs._blobs.clear()
+            before = len(db.remote.reads)
+            assert await tier_of(db, page_no) == "remote"
+            return len(db.remote.reads) - before
+
+        assert await cold_reads(100) == 1, "its block"
+        assert await cold_reads(7) == 2, "the delta, and the base's block"
+        for path in (db.work / "directories").rglob("*"):
+            if path.is_file():
+                path.write_bytes(flip(path.read_bytes(), 30))
+        assert await cold_reads(100) == 2
+        assert await newest(db) == db.expected()
+        assert await cold_reads(100) == 1, "kept anew"
+
+
+async def test_the_directory_of_another_blob_is_not_taken(tmp_path):
+    async with paged_database(
+        tmp_path, page_size=PAGE, chunk_bytes=CHUNK, directory_cache_bytes=1 << 20
+    ) as db:
+        await db.publish(
+            rewrites={
+                0: {n: page(n) for n in range(1, 129)},
+                1: {n: page(n) for n in range(129, 257)},
+            }
+        )
+        assert await newest(db) == db.expected()
+        one, other = sorted(path for path in (db.work / "directories").rglob("*") if path.is_file())
+        one.write_bytes(other.read_bytes())
+        db.store._blobs._directories._directories.clear()
+        assert await newest(db) == db.expected()
+        assert one.read_bytes() != other.read_bytes()
+
+
 async def test_reading_on_is_read_ahead(tmp_path):
     async with paged_database(tmp_path, page_size=4096, chunk_bytes=1 << 22) as db:
         await db.publish(rewrites={0: {n: made_page(n, 4096) for n in range(1, 1025)}}, local=False)
