@@ -1,6 +1,7 @@
 """Checkpoints of libsql databases: bases, deltas, merges and drops give back every generation."""
 
 import random
+import shutil
 import struct
 
 import httpx
@@ -157,6 +158,47 @@ async def test_a_small_change_is_a_small_delta_and_three_make_one(server: Server
         assert chunk["pages"] == (1 if number < 3 else 4)
         assert await image_at(client) == b"".join(map(bytes, image.pages))
     await check_fsck(server)
+
+
+async def test_a_page_that_no_cache_has_takes_one_request_and_a_patched_one_two(
+    server: ServerProcess,
+):
+    """Directories stay on the disk when the blobs go; without them it takes one more."""
+    per_chunk = 512  # larger than what is fetched whole
+    image = Image(random.Random(9), 2 * per_chunk)
+    await create(server.client, chunk_bytes=per_chunk * PAGE)
+    await put(server.client, image)
+    await checkpoint(server.client)
+    image.touch(5)
+    content = await put(server.client, image)
+    await checkpoint(server.client)
+
+    async def requests(page_no: int) -> float:
+        client = server.client
+        before = await remote_gets(client)
+        answer = await client.get(f"{DATABASE}/pages/{page_no}")
+        assert answer.headers["Bop-Tier"] == "remote"
+        assert answer.content == content[(page_no - 1) * PAGE : page_no * PAGE]
+        return await remote_gets(client) - before
+
+    for kept, whole, patched in ((True, 1, 2), (False, 2, 3)):
+        for page_no, expected in ((per_chunk + 3, whole), (5, patched)):
+            await server.terminate()
+            shutil.rmtree(server.data_dir / "hot_cache")
+            if not kept:
+                shutil.rmtree(server.data_dir / "directories")
+            await server.start()
+            assert await requests(page_no) == expected
+    await check_fsck(server)
+
+
+async def remote_gets(client: httpx.AsyncClient) -> float:
+    metrics = (await client.get("/metrics")).text
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in metrics.splitlines()
+        if line.startswith("remote_requests_total") and 'op="get' in line
+    )
 
 
 async def test_an_equal_image_publishes_no_page(server: ServerProcess):
