@@ -57,7 +57,7 @@ from app.routers.middleware import PROBED_PATHS, Edge
 from app.routers.oidc import OidcRules, OidcTokens
 from app.routers.tokens import FileTokens
 from app.serving.server import OrderlyServer, raise_descriptor_limit
-from app.settings import Settings
+from app.settings import Settings, unknown_variables
 
 VERSION = "0.1.0"
 EXIT_DONE, EXIT_FAILED = 0, 1
@@ -241,6 +241,8 @@ def serve(settings: Settings) -> int:
     sink = log_sink(log_format=settings.log_format, level=settings.log_level)
     route_library_logs(sink, level=settings.log_level)
     events = Events(sink)
+    if unknown := unknown_variables():
+        events.warning("settings.unknown", detail="No settings are called so.", names=unknown)
 
     def end(error: BaseException) -> None:
         server.fail(error)

@@ -37,6 +37,8 @@ ASYMMETRIC = frozenset(
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
+OF_THE_COMMANDS = frozenset({"BOP_CONFIG_FILE", "BOP_URL", "BOP_TOKEN"})
+
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
@@ -292,3 +294,12 @@ class Settings(BaseSettings):
                 scheme, rest = value.split("://", 1)
                 shown[name] = f"{scheme}://***@{rest.rsplit('@', 1)[1]}"
         return {f"BOP_{name.upper()}": value for name, value in shown.items()}
+
+
+def unknown_variables() -> list[str]:
+    """Environment variables that look like settings and are none: perhaps misspelt."""
+    known = {f"BOP_{name.upper()}" for name in Settings.model_fields} | OF_THE_COMMANDS
+    given = os.environ  # noqa: TID251 - see TomlFile
+    return sorted(
+        name for name in given if name.upper().startswith("BOP_") and name.upper() not in known
+    )

@@ -35,7 +35,11 @@ def serve(
     screen = session_of(context).screen
     settings = loaded_settings(**({"take_over": True} if take_over else {}))
     if print_config:
+        from app.settings import unknown_variables  # noqa: PLC0415 - not on the way to --help
+
         show_settings(screen, settings)
+        for name in unknown_variables():
+            screen.note(f"{name} is set, and is no setting.")
         return
     with started_failures():
         from app.main import serve as run  # noqa: PLC0415 - the HTTP stack

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from app.settings import MIB, Settings
+from app.settings import MIB, Settings, unknown_variables
 
 FIXED = {
     "BOP_DATA_DIR",
@@ -151,3 +151,11 @@ def test_the_admin_port_needs_tokens_to_leave_loopback():
 def test_lists_come_separated_by_commas(monkeypatch):
     monkeypatch.setenv("BOP_TRUSTED_PROXIES", "10.0.0.1, ::1")
     assert Settings().trusted_proxies == ("10.0.0.1", "::1")
+
+
+def test_misspelt_variables_are_told(monkeypatch):
+    monkeypatch.setenv("BOP_QUOTA_GLOBAL_BYTE", "1")
+    monkeypatch.setenv("bop_port", "8601")
+    monkeypatch.setenv("BOP_URL", "http://127.0.0.1:8600")
+    assert "BOP_QUOTA_GLOBAL_BYTE" in unknown_variables()
+    assert not {"bop_port", "BOP_URL"} & set(unknown_variables())

@@ -19,6 +19,11 @@ def test_print_config_is_toml_that_the_service_reads_back(cli, tmp_path):
     assert set(again) == {f"BOP_{name.upper()}" for name in Settings.model_fields}
 
 
+def test_a_misspelt_setting_is_told(cli):
+    ran = cli("serve", "--print-config", env={"BOP_PROT": "8700"})
+    assert (ran.exit_code, ran.stderr) == (0, "BOP_PROT is set, and is no setting.\n")
+
+
 def test_take_over_reaches_the_settings(cli):
     assert cli.json("serve", "--take-over", "--print-config").json["BOP_TAKE_OVER"] is True
 
