@@ -13,6 +13,7 @@ from typing import Protocol
 from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 
+from app import __version__
 from app.container import Container, open_container
 from app.core.base.clock import Clock, Randomness, SystemClock, SystemRandomness
 from app.core.base.errors import InternalError, StartRefused
@@ -59,7 +60,6 @@ from app.routers.tokens import FileTokens
 from app.serving.server import OrderlyServer, raise_descriptor_limit
 from app.settings import Settings, unknown_variables
 
-VERSION = "0.1.0"
 EXIT_DONE, EXIT_FAILED = 0, 1
 
 ROUTERS = (
@@ -147,10 +147,12 @@ def create_app(
 
     tracing = None
     if settings.otlp_endpoint:
-        tracing = Tracing.open(settings.otlp_endpoint, ratio=settings.trace_ratio, version=VERSION)
+        tracing = Tracing.open(
+            settings.otlp_endpoint, ratio=settings.trace_ratio, version=__version__
+        )
     app = FastAPI(
         title="bop-checkpoint",
-        version=VERSION,
+        version=__version__,
         summary="Durable, incremental, provably restorable checkpoints on S3.",
         lifespan=lifespan,
         redoc_url=None,

@@ -99,8 +99,7 @@ def fork(
     context: typer.Context,
     name: DatabaseArgument,
     new: Annotated[
-        str,
-        typer.Argument(metavar="NEW", help="The new database's name.", callback=parse_plain_name),
+        str, typer.Argument(metavar="NEW", help="The new database's name, or TENANT/DATABASE.")
     ],
     tenant: Annotated[
         str | None,
@@ -116,10 +115,11 @@ def fork(
     if generation is not None and snapshot is not None:
         raise wrong_usage("Choose one of --generation and --snapshot.")
     parent_tenant, parent = parse_name(name)
+    new_tenant, new_database = _place_of_fork(new, tenant)
     made = session.run(
         lambda client: client.history.fork(
-            parent_tenant, parent, new,
-            new_tenant=tenant, generation=generation, snapshot=snapshot,
+            parent_tenant, parent, new_database,
+            new_tenant=new_tenant, generation=generation, snapshot=snapshot,
         )
     )  # fmt: skip
     session.screen.note(f"Forked {name} to {made.tenant}/{made.database}.")
@@ -203,6 +203,16 @@ def list_generations(
         if expiring
         else f"{name} has no generation yet; {make_one}.",
     )
+
+
+def _place_of_fork(new: str, tenant: str | None) -> tuple[str | None, str]:
+    if "/" not in new:
+        parse_plain_name(new)
+        return tenant, new
+    named, database = parse_name(new)
+    if tenant not in {None, named}:
+        raise wrong_usage(f"{new} is not of the tenant {tenant}.")
+    return named, database
 
 
 def _number(option: str, text: str) -> int | None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from app import __version__
 from app.cli import (
     approvals,
     cold_scan,
@@ -95,9 +96,7 @@ app = typer.Typer(
 
 def tell_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version  # noqa: PLC0415 - not on the way to --help
-
-        Screen("table").raw(f"bop-checkpoint {version('bop-checkpoint')}\n".encode())
+        Screen("table").raw(f"bop-checkpoint {__version__}\n".encode())
         raise typer.Exit
 
 

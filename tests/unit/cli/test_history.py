@@ -48,6 +48,9 @@ def test_fork(cli, api):
     assert (made["tenant"], made["forked_from"]["generation"]) == ("zeta", 2)
     cli("fork", "acme/events", "third", "--snapshot", "monday")
     assert sent(api) == {"database": "third", "snapshot": "monday"}
+    named = cli.json("fork", "acme/events", "zeta/fourth").json
+    assert (named["tenant"], named["database"]) == ("zeta", "fourth")
+    assert cli("fork", "acme/events", "zeta/x", "--tenant", "acme").exit_code == 2
     ran = cli("fork", "acme/events", "x", "--snapshot", "monday", "--generation", "2")
     assert ran.exit_code == 2
 

@@ -1,15 +1,20 @@
 import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from typing import get_args
 
 import httpx
 import pytest
+import yaml
 
+from app import __version__
 from app.cli.jobs import Kind
 from app.cli.main import hoisted, wants_json
 from app.core.stores.manifest.records import JobKind
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 HEAVY = ("fastapi", "uvicorn", "lmdb", "aiobotocore", "pydantic", "httpx", "rich", "numpy")
 
 
@@ -189,5 +194,13 @@ def test_unreachable_names_the_url_and_how_to_start(cli, api):
     assert "serve" in ran.problem["hint"]
 
 
-def test_version(cli):
-    assert cli("--version").stdout.startswith("bop-checkpoint ")
+def test_version(cli, monkeypatch):
+    """Also where the code is there without its metadata, as in the image."""
+    monkeypatch.setattr("importlib.metadata.version", None)
+    assert cli("--version").stdout == f"bop-checkpoint {__version__}\n"
+
+
+def test_there_is_one_version():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    chart = yaml.safe_load((REPOSITORY / "helm" / "bop-checkpoint" / "Chart.yaml").read_text())
+    assert project["version"] == __version__ == chart["appVersion"]
