@@ -59,8 +59,7 @@ class Metrics:
             "job.cancelled": lambda fields: self._on_job_ended("cancelled", fields),
             "job.retrying": self._on_job_retrying,
             "quota.exhausted": lambda _: self.storage_quota_exhausted_total.inc(),
-            "page.fetched": self._on_page_fetched,
-            "read.served": self._on_page_fetched,
+            "read.served": self._on_read_served,
             "remote.requested": self._on_remote_requested,
             "remote.throttled": lambda _: self.remote_throttled_total.inc(),
             "job.enqueued": lambda _: self.jobs_enqueued_total.inc(),
@@ -121,6 +120,13 @@ class Metrics:
         children[0].inc()
         children[1].observe(seconds, exemplar())
 
+    def on_cached_page(self, *, seconds: float, size_bytes: int) -> None:
+        """A page that was answered from memory. Called, not told as an event: that would cost a
+        hot page three times as much (0.9 µs against 3.4 µs of its 110 µs).
+        """
+        self._cached_pages[0].observe(seconds)
+        self._cached_pages[1].inc(size_bytes)
+
     # --- what there is ------------------------------------------------------------------------
 
     def _catalogue(self) -> None:
@@ -177,6 +183,10 @@ class Metrics:
             _FAST_SECONDS,
             ("tier",),
             TIERS,
+        )
+        self._cached_pages = (
+            self.page_fetch_latency_seconds.labels("page_cache"),
+            self.read_bytes_served_total.labels("page_cache"),
         )
         self._catalogue_of_stores()
         self._catalogue_of_collection()
@@ -371,7 +381,7 @@ class Metrics:
         del fields
         self.job_retries_total.inc()
 
-    def _on_page_fetched(self, fields: Fields) -> None:
+    def _on_read_served(self, fields: Fields) -> None:
         if (seconds := _number(fields.get("seconds"))) is not None:
             tier = str(fields["tier"])
             self.page_fetch_latency_seconds.labels(tier).observe(seconds, exemplar())

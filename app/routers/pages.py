@@ -24,7 +24,7 @@ from app.core.services.states import Newest
 from app.routers.auth import needs
 from app.routers.bodies import OCTETS
 from app.routers.databases import DATABASE_PATH
-from app.routers.deps import NAME_PARAMETERS, names_of, services_of
+from app.routers.deps import NAME_PARAMETERS, desk_of, names_of, services_of
 from app.routers.openapi import problems
 from app.routers.prepared import PreparedResponse
 from app.routers.ranges import ByteRange, answer_to
@@ -113,10 +113,14 @@ async def read_page(request: Request) -> Response:
         request.path_params["page_no"], name="page_no", maximum=PAGE_NO_MAX, place="path"
     )
     selector = selector_of(request, takes_time=False)
-    pages = services_of(request).pages
+    desk, pages = desk_of(request), services_of(request).pages
+    started = desk.clock.monotonic()
     page = pages.get(tenant, database, page_no) if isinstance(selector, Newest) else None
     if page is None:
         page = await pages.read(tenant, database, page_no, selector)
+    if page.tier == "page_cache":
+        seconds = desk.clock.monotonic() - started
+        desk.metrics.on_cached_page(seconds=seconds, size_bytes=len(page.data))
     etag = f'"{page.tag}"'
     answer = answer_to(request, etag=etag, size=len(page.data))
     headers = [

@@ -171,7 +171,7 @@ def test_events_become_metrics():
     events.error("job.failed", kind="verify_manifest")
     events.warning("job.retrying")
     events.debug("quota.exhausted", tenant="acme")
-    events.debug("page.fetched", tier="local", seconds=0.001)
+    events.debug("read.served", tier="local", seconds=0.001)
     events.debug(
         "remote.requested", op="get_blob", outcome="ok", seconds=0.2, bytes_read=10, mode="cold"
     )

@@ -192,6 +192,9 @@ async def test_a_page_in_memory_is_given_without_a_read(client, service, newest)
     assert ranged.headers["content-range"] == f"bytes 1-2/{PAGE}"
     older = await client.get(f"{APP}/pages/2?generation=1")  # memory knows only the newest
     assert older.headers["bop-tier"] == "local"
+    metrics = (await client.get("/metrics")).text.splitlines()
+    assert 'page_fetch_latency_seconds_count{tier="page_cache"} 2.0' in metrics
+    assert f'read_bytes_served_total{{tier="page_cache"}} {float(2 * PAGE)}' in metrics
 
 
 async def test_a_page_is_named_by_its_content(client, newest):
