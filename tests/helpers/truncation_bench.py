@@ -119,9 +119,9 @@ class TruncationBench:
         batch = ManifestBatch(ops=ops, reason=reason, db_id=self.db_id)
         return await self.manifest.commit(batch)
 
-    async def create(self) -> None:
+    async def create(self, name: str = "log") -> None:
         database = CreateDatabase(
-            tenant="acme", name="log", engine="append_only", page_size=0, chunk_bytes=65536,
+            tenant="acme", name=name, engine="append_only", page_size=0, chunk_bytes=65536,
             compression="none", created_at_us=1,
         )  # fmt: skip
         await self.manifest.commit(ManifestBatch(ops=(database,), reason="test"))

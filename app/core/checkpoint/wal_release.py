@@ -6,7 +6,9 @@ Concurrency: a database's releases follow one another, so that none removes a ro
 """
 
 import asyncio
+from weakref import WeakValueDictionary
 
+from app.core.base.errors import BopError
 from app.core.base.events import Events
 from app.core.stores.manifest.ops import ManifestBatch, Op, RemoveSegment
 from app.core.stores.manifest.records import WalSegmentRecord
@@ -20,7 +22,7 @@ class WalRelease:
         self._manifest = manifest
         self._wal = wal
         self._events = events
-        self._turns: dict[int, asyncio.Lock] = {}
+        self._turns: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
 
     async def release(self, db_id: int) -> int:
         """Removes what may go of one database; returns the number of segments."""
@@ -42,13 +44,21 @@ class WalRelease:
         return len(removed)
 
     async def release_all(self) -> None:
-        """For start and for the sweep of what readers had pinned."""
+        """For start and for the sweep of what readers had pinned. What one database meets is raised
+        behind the others.
+        """
+        failed: BopError | None = None
         with self._manifest.read() as view:
             waiting = {
                 row.db_id for row in view.all_segments() if row.state in {"checkpointed", "dropped"}
             }
         for db_id in sorted(waiting):
-            await self.release(db_id)
+            try:
+                await self.release(db_id)
+            except BopError as error:
+                failed = error
+        if failed is not None:
+            raise failed
 
 
 def _may_go(view: ManifestView, row: WalSegmentRecord) -> bool:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from app.core.base.clock import Clock, Randomness, wall_us
-from app.core.base.errors import DatabaseNotFound, GenerationExpired
+from app.core.base.errors import DatabaseNotFound
 from app.core.base.ids import new_ulid
 from app.core.reads.generation_blobs import blobs_of
 from app.core.reads.read_point import GenerationPins
+from app.core.retention.selection import missing_generation
 from app.core.stores.manifest.records import BlobRef, DatabaseRecord, JobRecord
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.manifest.view import ManifestView
@@ -65,9 +66,7 @@ async def held_generation(
             if database is None or database.state == "tombstoned":
                 raise DatabaseNotFound(f"{job.tenant}/{job.database} is gone.")
             if view.generation(job.db_id, generation) is None:
-                raise GenerationExpired(
-                    f"Generation {generation} is no longer retained.", generation=generation
-                )
+                raise missing_generation(database, generation)
             blobs = blobs_of(view, job.db_id, generation)
             return HeldGeneration(
                 database=database,

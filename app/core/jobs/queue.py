@@ -13,6 +13,7 @@ import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -71,7 +72,7 @@ class JobQueue:
         self._slots = DatabaseSlots()
         self._times = JobTimes(clock)
         self._aside: set[str] = set()
-        self._enqueueing: dict[int, asyncio.Lock] = {}
+        self._enqueueing: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
         self._entering: Counter[str] = Counter()  # tenant → jobs on their way into the manifest
         self._left = FreedRate()
         self._draining = False

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from app.core.base.clock import Clock
-from app.core.base.errors import CorruptWal, DatabaseNotFound, GenerationExpired, NotFound
+from app.core.base.errors import CorruptWal, DatabaseNotFound
 from app.core.base.events import Events
 from app.core.base.tasks import BlockingPool, TaskScope
 from app.core.formats.sqlite_wal import lock_byte_page
@@ -33,6 +33,7 @@ from app.core.reads.page_cache import FetchOptions, PageCache, PageKey
 from app.core.reads.page_windows import OpenChunk, windows
 from app.core.reads.read_point import GenerationPins, ReadPoint
 from app.core.reads.wal_pages import WalPageReader, WalPages
+from app.core.retention.selection import missing_generation
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.wal.log import WalLog
 from app.core.stores.wal.page_index import CUT_OFF, WalPageIndex
@@ -173,14 +174,7 @@ class PageStore:
         if database is None or database.state == "tombstoned":
             raise DatabaseNotFound(db_id=db_id)
         if record is None:
-            if 0 < generation <= database.generation:
-                raise GenerationExpired(
-                    f"Generation {generation} is no longer retained.", generation=generation
-                )
-            raise NotFound(
-                f"There is no generation {generation}; the newest is {database.generation}.",
-                generation=generation,
-            )
+            raise missing_generation(database, generation)
         return ReadPoint(
             database=database, generation=generation, lsn=record.last_lsn,
             page_count=record.page_count, published_page_count=record.page_count, wal=None,

@@ -21,11 +21,20 @@ def select_generation(
     if not database.generation:
         raise NoGeneration("Nothing of the database is published yet.")
     record = view.generation(database.db_id, number)
-    if record is not None:
-        return record
-    if 0 < number <= database.generation:
-        raise GenerationExpired(f"Generation {number} is no longer retained.", generation=number)
-    raise NotFound(
+    if record is None:
+        raise missing_generation(database, number)
+    return record
+
+
+def missing_generation(database: DatabaseRecord, number: int) -> GenerationExpired | NotFound:
+    """Why there is no row of it: it expired, or it never was. A fork begins with its parent's
+    number, and never had those before.
+    """
+    parent = database.forked_from
+    first_ever = 1 if parent is None else parent.generation
+    if first_ever <= number <= database.generation:
+        return GenerationExpired(f"Generation {number} is no longer retained.", generation=number)
+    return NotFound(
         f"There is no generation {number}; the newest is {database.generation}.", generation=number
     )
 

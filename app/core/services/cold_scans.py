@@ -117,7 +117,7 @@ class ColdScans:
             point = stack.enter_context(
                 await self._store.point(database.db_id, generation=generation)
             )
-            chunks, data = self._plan(point, wanted, reads)
+            chunks, data = await self._plan(point, wanted, reads)
             start = ScanStart(
                 tenant=tenant, database=name, engine=database.engine, generation=generation,
                 page_size=database.page_size or None, chunks=chunks,
@@ -131,7 +131,7 @@ class ColdScans:
             raise NoGeneration(f"Nothing of {database.tenant}/{database.name} is published yet.")
         return database.generation
 
-    def _plan(
+    async def _plan(
         self, point: ReadPoint, wanted: ScanRange, reads: ScanReads
     ) -> tuple[int, Callable[[], AsyncGenerator[Frame, None]] | None]:
         """How many chunks the range touches, and what reads them."""
@@ -146,9 +146,10 @@ class ColdScans:
             if pages is None:
                 return 0, None
             return pages.chunks, lambda: self._reader.pages(point, pages, remote)
-        with self._manifest.read() as view:
-            rows = view.chunk_view(point.database.db_id, point.generation)
-        chunks = plan_records(wanted, rows)
+        db_id, generation = point.database.db_id, point.generation
+        chunks = await self._manifest.read_in_thread(
+            lambda view: plan_records(wanted, view.chunk_view(db_id, generation))
+        )
         return len(chunks), lambda: self._reader.records(chunks, remote)
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from app.core.base.clock import Clock, Randomness
-from app.core.base.errors import GenerationExpired, NoGeneration, NotFound
 from app.core.jobs.generation_jobs import GenerationJobKind, generation_job
 from app.core.jobs.queue import JobQueue
+from app.core.retention.selection import select_generation
 from app.core.services.directory import DatabaseDirectory
 from app.core.stores.manifest.ops import Op
 from app.core.stores.manifest.records import JobRecord
@@ -43,24 +43,12 @@ class GenerationJobs:
         GenerationExpired, NotFound, Backpressure.
         """
         record = self._directory.read(tenant, database)
-        if record.generation == 0:
-            raise NoGeneration(f"Nothing of {tenant}/{database} is published yet.")
-        wanted = record.generation if generation is None else generation
         with self._manifest.read() as view:
-            found = view.generation(record.db_id, wanted)
-        if found is None:
-            if wanted <= record.generation:
-                raise GenerationExpired(
-                    f"Generation {wanted} is no longer retained.", generation=wanted
-                )
-            raise NotFound(
-                f"There is no generation {wanted}; the newest is {record.generation}.",
-                generation=wanted,
-            )
+            found = select_generation(view, record, generation=generation)
         job = generation_job(
             kind,
             record,
-            generation=wanted,
+            generation=found.generation,
             principal=principal,
             reason=None,
             clock=self._clock,

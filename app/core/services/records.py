@@ -107,7 +107,7 @@ class Records:
                         first_lsn=found.first_lsn,
                     )
                 pin.hold(self._pins.pin(found.db_id, found.generation))
-                chunks = view.chunk_view(found.db_id, found.generation)
+                chunks = view.chunks_from(found.db_id, found.generation, from_lsn)
                 cut = [
                     (row.visible_last + 1, row.last_lsn)
                     for row in view.segments(found.db_id)

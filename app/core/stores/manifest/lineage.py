@@ -133,6 +133,20 @@ def log_range(rows: BothWays, db_id: int, generation: int) -> tuple[int, int] | 
     return None
 
 
+def chunks_from(rows: BothWays, db_id: int, generation: int, lsn: int) -> list[ChunkRecord]:
+    """append_only: the chunks valid at the generation that hold the LSN or later ones, in order.
+    Looks at the end of the log first: what it costs grows with what is found, not with the log.
+    """
+    found: list[ChunkRecord] = []
+    for row in _walk(rows.scan_back, rows, db_id, generation, backwards=True):
+        if row.blob is None:
+            continue
+        if row.last < lsn:
+            break  # chunks follow one another in the order of their LSNs
+        found.append(row)
+    return found[::-1]
+
+
 def _walk(
     scan: Scan, rows: ReadRows, db_id: int, generation: int, *, backwards: bool = False
 ) -> Iterator[ChunkRecord]:

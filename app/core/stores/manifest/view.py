@@ -14,6 +14,7 @@ from app.core.stores.manifest.lineage import (
     ChunkRows,
     chunk_rows,
     chunks_at,
+    chunks_from,
     deltas_at,
     depth_of,
     inheritors,
@@ -180,6 +181,11 @@ class ManifestView:
         """`chunk_view`, drops included."""
         with self._access as rows:
             return chunks_at(rows, db_id, generation)
+
+    def chunks_from(self, db_id: int, generation: int, lsn: int) -> list[ChunkRecord]:
+        """append_only: of `chunk_view`, the chunks that hold the LSN or later ones."""
+        with self._access as rows:
+            return chunks_from(rows, db_id, generation, lsn)
 
     def log_range(self, db_id: int, generation: int) -> tuple[int, int] | None:
         """append_only: the first LSN of the lowest chunk at the generation, the last of the

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from app.core.base.errors import BopError
+from app.core.base.errors import BopError, DiskFull, ManifestBusy, ManifestFull
 from app.core.coordination.leases import keep_leases
 from app.core.stores.manifest.errors import LeaseLost
 from app.core.stores.manifest.ops import ManifestBatch, RenewLeases
@@ -44,3 +44,28 @@ async def test_leases_are_renewed_three_times_a_lifetime_until_one_is_lost() -> 
                 ]
             manifest.refusal = LeaseLost(job_id="J1")
             clock.advance(10)
+
+
+@pytest.mark.parametrize("refusal", [ManifestBusy(), ManifestFull(), DiskFull()])
+async def test_a_renewal_that_is_turned_away_is_made_again_in_time(refusal: BopError) -> None:
+    clock, manifest = FakeClock(), Renewals()
+    async with asyncio.TaskGroup() as group:
+        keeper = group.create_task(
+            keep_leases(manifest, job_id="J1", count=2, ttl_seconds=30.0, clock=clock)
+        )
+        await clock.until_sleeping()
+        manifest.refusal = refusal
+        for seconds in (10, 1, 1):
+            clock.advance(seconds)
+            await clock.until_sleeping()
+        manifest.refusal = None
+        clock.advance(1)
+        await clock.until_sleeping()
+        assert len(manifest.batches) == 1
+        clock.advance(9.9)
+        await clock.until_sleeping()
+        assert len(manifest.batches) == 1
+        clock.advance(0.1)
+        await clock.until_sleeping()
+        assert len(manifest.batches) == 2
+        keeper.cancel()

@@ -22,6 +22,7 @@ from app.core.base.errors import (
 from app.core.base.events import Events
 from app.core.checkpoint.generation_document import decode_document
 from app.core.checkpoint.history_objects import HistoryObjects
+from app.core.retention.selection import select_generation
 from app.core.retention.snapshot_document import (
     decode_snapshot,
     encode_snapshot,
@@ -219,6 +220,17 @@ async def test_a_fork_is_refused_with_its_reason(bench: Bench) -> None:
     assert bench.directory.opened == [status.record.db_id]
     with pytest.raises(DatabaseConflict):
         await fork()
+
+
+async def test_a_fork_never_had_the_generations_before_it(bench: Bench) -> None:
+    await bench.publish(1, 1)
+    await bench.publish(1, 2)
+    await bench.forks.create("acme", "db", fork_tenant="acme", fork_database="copy")
+    fork = bench.directory.read("acme", "copy")
+    with bench.store.read() as view:
+        assert select_generation(view, fork, generation=2).generation == 2
+        with pytest.raises(NotFound):
+            select_generation(view, fork, generation=1)
 
 
 @pytest.mark.parametrize("race", ["expired", "deleted", "name"])

@@ -1,8 +1,10 @@
 """Fall-through of forks, against a model that copies everything when a fork is made."""
 
 import contextlib
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import pytest
@@ -198,6 +200,10 @@ class House:
                 assert self.content(db_id, generation) == content, (db_id, generation)
                 lsns = (10 * min(content) + 1, 10 * max(content) + 10) if content else None
                 assert lineage.log_range(self.rows, db_id, generation) == lsns
+                for lsn in (1, 10, 11, 15, 31):  # each chunk has ten LSNs
+                    chunks = lineage.chunks_from(self.rows, db_id, generation, lsn)
+                    wanted = sorted(one for one in content if 10 * one + 10 >= lsn)
+                    assert [row.chunk_id for row in chunks] == wanted
                 for chunk_id in CHUNK_IDS:  # chunk by chunk it is the same
                     found = lineage.chunk_rows(self.rows, db_id, chunk_id)
                     keys = [
@@ -308,6 +314,35 @@ def test_a_fork_that_inherits_nothing_has_what_it_writes(family: House) -> None:
     family.change(child, 1, "rewrite")
     assert [row.chunk_id for row in lineage.chunks_at(family.rows, child, 5)] == [1]
     family.check()
+
+
+async def test_the_end_of_a_log_is_found_without_looking_at_all_of_it(store: ManifestStore) -> None:
+    await create_database(store, engine="append_only")
+    chunks = [
+        ops.UpsertChunk(
+            row=chunk(1, number, first=10 * number + 1, last=10 * number + 10,
+                      visible_last=10 * number + 10)
+        )
+        for number in range(500)
+    ]  # fmt: skip
+    await store.commit(batch(*chunks, publish(1, next_chunk_id=500, last_lsn=5000)))
+    looked: list[Any] = []
+
+    class Counting:
+        def __init__(self, rows: Any) -> None:
+            self.rows, self.get = rows, rows.get
+
+        def scan_back(self, table: Any, prefix: bytes = b"") -> Iterator[Any]:
+            for pair in self.rows.scan_back(table, prefix):
+                looked.append(pair)
+                yield pair
+
+    with store.read() as view, view._access as rows:
+        counting: Any = Counting(rows)
+        found = lineage.chunks_from(counting, 1, 1, 4985)
+        assert [row.chunk_id for row in found] == [498, 499]
+        assert len(looked) == 3
+        assert lineage.chunks_from(rows, 1, 1, 1) == lineage.chunks_at(rows, 1, 1)
 
 
 def test_a_fork_makes_no_row_until_it_changes(family: House) -> None:
