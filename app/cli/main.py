@@ -69,6 +69,10 @@ class RootGroup(TyperGroup):
         except Failure as failure:
             exit_code = failure.exit_code
             screen.failure(failure)
+        except UnicodeEncodeError as error:
+            misread = wrong_usage(f"{error.object!r} is no UTF-8.")
+            exit_code = misread.exit_code
+            screen.failure(misread)
         if standalone_mode:
             sys.exit(exit_code or 0)
         return exit_code

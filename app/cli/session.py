@@ -63,7 +63,7 @@ class Session:
                 clock=self.surroundings.clock,
             )
         except ValueError as error:
-            raise wrong_usage(f"--url: {error}.") from error
+            raise wrong_usage(f"--url or --token: {error}.") from error
         try:
             return asyncio.run(connected())
         except ClientError as error:

@@ -12,6 +12,8 @@ from app.cli.units import bytes_text, count_text
 if TYPE_CHECKING:
     from app.client.upkeep import QueueState
 
+AGE_SECONDS_MAX = 366 * 86_400
+
 queue = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The job queue as a whole.")
 
 
@@ -39,7 +41,10 @@ def resume_queue(context: typer.Context) -> None:
 def janitor(
     context: typer.Context,
     max_age: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="What changed within them stays.")
+        float,
+        typer.Option(
+            min=0, max=AGE_SECONDS_MAX, metavar="SECONDS", help="What changed within them stays."
+        ),
     ] = 0,
 ) -> None:
     """Remove scratch of no live job, and make the quota agree with the files that are there."""

@@ -72,8 +72,10 @@ class BopClient:
         clock: Clock | None = None,
         randomness: Randomness | None = None,
     ) -> None:
-        """Raises ValueError for a URL that is none."""
+        """Raises ValueError for a URL that is none, and for a token that no header can hold."""
         url = checked_url(base_url)
+        if token is not None and not (token.isascii() and token.isprintable() and token.strip()):
+            raise ValueError("the token is empty, or holds what is no printable ASCII")
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         # a proxy of the environment never stands between a host and its own loopback
         trust_env = url.host not in _LOOPBACK
@@ -149,6 +151,7 @@ def checked_url(text: str) -> httpx.URL:
         url = httpx.URL(text)
     except httpx.InvalidURL as error:
         raise ValueError(f"{text!r} is not a URL: {error}") from error
-    if url.scheme not in {"http", "https"} or not url.host:
+    is_port = url.port is None or 0 < url.port < 65_536
+    if url.scheme not in {"http", "https"} or not url.host or not is_port:
         raise ValueError(f"{text!r} is not a URL like http://127.0.0.1:8600")
     return url

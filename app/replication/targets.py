@@ -164,4 +164,6 @@ def _directory_rule(path: Path, pattern: str, template: str) -> DirectoryRule:
         raise BadTargets(f"{template!r} must name each file by {{stem}} or {{parent}}")
     if split_name(_FIELD.sub("x", template)) is None:
         raise BadTargets(f"{template!r} is not TENANT/DATABASE")
+    if not pattern or Path(pattern).is_absolute():
+        raise BadTargets(f"the pattern {pattern!r} is not one of names within the directory")
     return DirectoryRule(path=path, pattern=pattern, database=template)

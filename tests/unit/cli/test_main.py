@@ -123,6 +123,13 @@ def test_wants_json():
         ["restore", "acme/events", "-o", "copy.db", "--generation", "0"],
         ["--output", "xml", "jobs", "list"],
         ["--url", "nonsense", "jobs", "list"],
+        ["--url", "http://127.0.0.1:99999", "jobs", "list"],
+        ["--token", "", "jobs", "list"],
+        ["--token", "a\nb", "jobs", "list"],
+        ["--token", "ü", "jobs", "list"],
+        ["checkpoint", "acme/events", "--reason", "no text: \udcff"],
+        ["tokens", "hash", "\udcff"],
+        ["janitor", "--max-age", "1e400"],
         ["records", "acme/events", "--format", "single", "--follow"],
         ["append", "acme/events", "--nonsense"],
     ],
@@ -132,6 +139,12 @@ def test_wrong_usage_is_2(cli, api, arguments):
     assert ran.exit_code == 2
     assert ran.stderr.startswith("Error: ")
     assert api.requests == []
+
+
+def test_a_token_that_cannot_be_sent_is_not_shown(cli):
+    ran = cli("--token", "se\ncret", "jobs", "list")
+    assert ran.exit_code == 2
+    assert "cret" not in ran.stderr
 
 
 def test_wrong_usage_is_told_without_the_librarys_own_words(cli):

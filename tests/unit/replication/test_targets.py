@@ -63,6 +63,8 @@ def test_a_list_of_files_directories_and_databases(tmp_path):
         ("[[follow]]\nfile = 'a'\ndatabase = 'a'", "not TENANT/DATABASE"),
         ("[[follow]]\nfile = 'a'\ndatabase = 'a/b'\ncolour = 'red'", "unknown colour"),
         ("[[follow]]\nfile = 'a'\npattern = '*'\ndatabase = 'a/b'", "belongs to a directory"),
+        ("[[follow]]\ndirectory = 'a'\npattern = ''\ndatabase = 'a/{stem}'", "the pattern ''"),
+        ("[[follow]]\ndirectory = 'a'\npattern = '/*'\ndatabase = 'a/{stem}'", "the pattern '/"),
         ("[[follow]]\ndirectory = 'a'\ndatabase = 'a/b'", "must name each file"),
         ("[[follow]]\ndirectory = 'a'\ndatabase = 'a/{name}'", "must name each file"),
         ("[[follow", "not TOML"),
