@@ -33,7 +33,7 @@ from app.routers.changes_schemas import (
 from app.routers.deps import desk_of, services_of
 from app.routers.exchange import principal_of
 from app.routers.headers import invalid_header, negotiated
-from app.routers.openapi import problems
+from app.routers.openapi import MADE_HEADERS, problems
 from app.routers.operations_schemas import ChangeView
 from app.routers.paging import LIMIT_DEFAULT, LIMIT_MAX, PageQuery
 from app.routers.route import JSON, ScopedRoute
@@ -65,8 +65,8 @@ async def list_cursors(page: PageQuery, request: Request, response: Response) ->
     "/change-cursors/{name}",
     response_model=CursorView,
     responses={
-        201: {"model": CursorView, "description": "Made."},
-        200: {"description": "There was one; it is set anew."},
+        201: {"model": CursorView, "description": "Made.", "headers": MADE_HEADERS},
+        200: {"description": "There was one; it is set anew.", "headers": MADE_HEADERS},
         **problems(CursorExpired, UnsupportedMediaType, *_WRITES),
     },
 )

@@ -19,7 +19,7 @@ from app.routers.auth import needs
 from app.routers.deps import DatabaseName, TenantName, WaitQuery, desk_of, services_of
 from app.routers.exchange import exchange_of
 from app.routers.history_schemas import ChangeDatabaseBody
-from app.routers.openapi import problems
+from app.routers.openapi import MADE_HEADERS, problems
 from app.routers.paging import PageQuery
 from app.routers.route import ScopedRoute
 from app.routers.schemas import CreateDatabaseBody, DatabasePage, DatabaseView, DurableView
@@ -34,8 +34,8 @@ _WRITES = (Backpressure, DiskFull, ManifestFull)
     DATABASE_PATH,
     response_model=DatabaseView,
     responses={
-        201: {"model": DatabaseView, "description": "Made."},
-        200: {"description": "The same exists already."},
+        201: {"model": DatabaseView, "description": "Made.", "headers": MADE_HEADERS},
+        200: {"description": "The same exists already.", "headers": MADE_HEADERS},
         **problems(DatabaseNotFound, DatabaseConflict, UnsupportedMediaType, *_WRITES),
     },
 )

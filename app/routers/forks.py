@@ -27,7 +27,7 @@ from app.routers.deps import DatabaseName, TenantName, services_of
 from app.routers.exchange import principal_of
 from app.routers.history_schemas import CreateForkBody
 from app.routers.idempotent import IdempotencyKey, made_once
-from app.routers.openapi import problems
+from app.routers.openapi import MADE_HEADERS, problems
 from app.routers.route import ScopedRoute
 from app.routers.schemas import DatabaseView
 
@@ -38,19 +38,22 @@ router = APIRouter(route_class=ScopedRoute, tags=["history"])
     f"{DATABASE_PATH}/forks",
     status_code=HTTPStatus.CREATED,
     response_model=DatabaseView,
-    responses=problems(
-        DatabaseNotFound,
-        NotFound,
-        SnapshotNotFound,
-        NoGeneration,
-        DatabaseConflict,
-        GenerationExpired,
-        IdempotencyKeyReused,
-        UnsupportedMediaType,
-        Backpressure,
-        DiskFull,
-        ManifestFull,
-    ),
+    responses={
+        201: {"headers": MADE_HEADERS},
+        **problems(
+            DatabaseNotFound,
+            NotFound,
+            SnapshotNotFound,
+            NoGeneration,
+            DatabaseConflict,
+            GenerationExpired,
+            IdempotencyKeyReused,
+            UnsupportedMediaType,
+            Backpressure,
+            DiskFull,
+            ManifestFull,
+        ),
+    },
 )
 @needs("write")
 async def create_fork(

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from app.routers.auth import open_to_all
 from app.routers.deps import desk_of
 from app.routers.operations_schemas import AliveView, ReadinessView
+from app.routers.problems import RETRY_AFTER_SECONDS
 from app.routers.route import ScopedRoute
 
 router = APIRouter(route_class=ScopedRoute, tags=["operations"])
@@ -35,6 +36,7 @@ async def readyz(request: Request, response: Response) -> ReadinessView:
     readiness = desk_of(request).readiness()
     if readiness.status != "ready":
         response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
+        response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     return ReadinessView(
         status=readiness.status, reasons=readiness.reasons, degraded=readiness.degraded
     )

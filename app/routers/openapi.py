@@ -20,9 +20,20 @@ from app.routers.schemas import Problem
 
 Responses = dict[int | str, dict[str, Any]]
 
-ACCEPTED_HEADERS: dict[str, Any] = {
-    "Location": {"description": "Where the job is.", "schema": {"type": "string"}},
-    "Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}},
+
+def _header(text: str, kind: str = "string") -> dict[str, Any]:
+    return {"description": text, "schema": {"type": kind}}
+
+
+_RETRY_AFTER = {"Retry-After": _header("Seconds.", "integer")}
+MADE_HEADERS: dict[str, Any] = {"Location": _header("Where it is.")}
+ACCEPTED_HEADERS: dict[str, Any] = {"Location": _header("Where the job is."), **_RETRY_AFTER}
+_HEADERS_OF: dict[str, dict[str, Any]] = {
+    "401": {"WWW-Authenticate": _header("`Bearer`")},
+    "405": {"Allow": _header("What the path takes.")},
+    "429": _RETRY_AFTER,
+    "503": _RETRY_AFTER,
+    "507": _RETRY_AFTER,
 }
 _EVERYWHERE: tuple[type[BopError], ...] = (InvalidRequest, BopError, NotReady)
 _GUARDED: tuple[type[BopError], ...] = (Unauthenticated, Forbidden)
@@ -137,11 +148,13 @@ def _complete_operation(operation: dict[str, Any], schemas: dict[str, Any]) -> N
         for media in body.get("content", {}).values():
             if "example" not in media and "examples" not in media:
                 media["example"] = example_of(media.get("schema", {}), schemas)
-    for response in operation["responses"].values():
-        response.setdefault("headers", {})["X-Request-ID"] = {
-            "description": "The request's own, or one made for it.",
-            "schema": {"type": "string"},
-        }
+    for status, response in operation["responses"].items():
+        headers = response.setdefault("headers", {})
+        headers |= _HEADERS_OF.get(status, {})
+        headers["X-Request-ID"] = _header("The request's own, or one made for it.")
+        answer = response.get("content", {}).get("application/json", {}).get("schema", {})
+        if answer.get("$ref", "").endswith("Page"):
+            headers["Link"] = _header('The next page, `rel="next"`; missing from the last one.')
 
 
 def example_of(schema: dict[str, Any], schemas: dict[str, Any]) -> Any:

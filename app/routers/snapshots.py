@@ -27,7 +27,7 @@ from app.routers.databases import DATABASE_PATH
 from app.routers.deps import DatabaseName, TenantName, services_of
 from app.routers.history_schemas import CreateSnapshotBody, SnapshotPage, SnapshotView
 from app.routers.idempotent import IdempotencyKey, made_once
-from app.routers.openapi import problems
+from app.routers.openapi import MADE_HEADERS, problems
 from app.routers.paging import PageQuery
 from app.routers.route import ScopedRoute
 from app.routers.schemas import NAME_PATTERN
@@ -42,16 +42,19 @@ _WRITES = (Backpressure, DiskFull, ManifestFull)
     SNAPSHOTS_PATH,
     status_code=HTTPStatus.CREATED,
     response_model=SnapshotView,
-    responses=problems(
-        DatabaseNotFound,
-        NotFound,
-        NoGeneration,
-        SnapshotExists,
-        GenerationExpired,
-        IdempotencyKeyReused,
-        UnsupportedMediaType,
-        *_WRITES,
-    ),
+    responses={
+        201: {"headers": MADE_HEADERS},
+        **problems(
+            DatabaseNotFound,
+            NotFound,
+            NoGeneration,
+            SnapshotExists,
+            GenerationExpired,
+            IdempotencyKeyReused,
+            UnsupportedMediaType,
+            *_WRITES,
+        ),
+    },
 )
 @needs("write")
 async def create_snapshot(

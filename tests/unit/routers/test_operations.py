@@ -30,6 +30,7 @@ async def test_alive_and_ready(client, service):
     service.status = Readiness(status="starting", reasons=["no claim"], degraded=[])
     answer = await client.get("/readyz")
     assert (answer.status_code, answer.json()["reasons"]) == (503, ["no claim"])
+    assert answer.headers["retry-after"] == "1"
     assert (await client.get("/healthz")).status_code == 200
 
 
@@ -230,6 +231,27 @@ async def test_every_body_may_be_too_large_or_of_another_type(document):
     for path, method, operation in operations(document):
         if "requestBody" in operation:
             assert {"413", "415"} <= set(operation["responses"]), (method, path)
+
+
+async def test_headers_that_clients_go_by_are_documented(document):
+    wanted = {
+        "401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After",
+        "507": "Retry-After", "202": "Location",
+    }  # fmt: skip
+    lists = made = 0
+    for path, method, operation in operations(document):
+        for status, response in operation["responses"].items():
+            headers = response["headers"]
+            if status != "202" or "/lease/" not in path:
+                assert wanted.get(status, "X-Request-ID") in headers, (method, path, status)
+            if status == "201" and not path.endswith("/records"):
+                made += 1
+                assert "Location" in headers, path
+            schema = response.get("content", {}).get("application/json", {}).get("schema", {})
+            if schema.get("$ref", "").endswith("Page"):
+                lists += 1
+                assert "Link" in headers, path
+    assert (lists, made) == (14, 4)
 
 
 async def test_every_idempotency_key_is_explained(document):
