@@ -341,6 +341,8 @@ async def test_a_gap_says_where_to_go_on(server: ServerProcess, tmp_path):
         nowhere = dict.fromkeys(GAP_FIELDS)
         assert gap_of(await push(server.client, log[32:], offset=32)) == nowhere | {"last_lsn": 0}
         assert gap_of(await push(server.client, log, after_lsn=7)) == nowhere | {"last_lsn": 0}
+        told = (await push(server.client, log, after_lsn=7)).json()["detail"]
+        assert told.startswith("Nothing is stored: a log begins with offset=0")
 
         first = await pushed(server.client, log)
         on_disk = wal_bytes_on_disk(server)

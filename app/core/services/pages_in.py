@@ -324,10 +324,17 @@ def _nothing_new(offset: int, position: WalPosition | None, state: PageState) ->
 def _gap(known: IngestionState) -> WalGap:
     gap = ingestion.wal_gap(known)
     at = gap.position
+    if at is not None:
+        told = "The log does not go on where what is stored ends."
+    elif gap.last_lsn is None:
+        told = "Nothing is stored: a log begins with offset=0, and without after_lsn."
+    else:
+        told = (
+            f"What is stored ends with LSN {gap.last_lsn}, at no known place of a log; only a log "
+            f"that starts from exactly that state goes on, with offset=0&after_lsn={gap.last_lsn}."
+        )
     return WalGap(
-        "The log does not go on where what is stored ends."
-        if at is not None
-        else "No place in a log is known from which it could go on.",
+        told,
         last_lsn=gap.last_lsn or 0,
         offset=at.offset if at else None,
         salt1=at.salt1 if at else None,
