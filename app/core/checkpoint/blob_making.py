@@ -83,6 +83,7 @@ class BlobMaking:
             merging = MergeStaging(
                 plan=plan, manifest=parts.manifest, hot_cache=parts.hot_cache,
                 remote=parts.remote, scratch=directory, pool=parts.pool, scope=scope,
+                touch=hold.touch,
             )  # fmt: skip
 
             async def stage_record_chunk(action: ChunkAction, target: Path) -> StagedRow:

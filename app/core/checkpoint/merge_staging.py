@@ -46,6 +46,8 @@ class MergeStaging:
     scratch: ScratchDir
     pool: BlockingPool
     scope: KeyScope
+    touch: Callable[[], None]
+    """Told of every piece that came: fetching many sources is no stall."""
 
     async def stage(self, action: MergeChunks, target: Path) -> ChunkRecord:
         """Writes `target`, and returns the row to publish. Raises StalePlan, CorruptBlob,
@@ -117,6 +119,7 @@ class MergeStaging:
                 async for piece in pieces:
                     await uninterrupted(self.pool.run(keep_blocking, piece, at))
                     at += len(piece)
+                    self.touch()
         except BlobMissing as error:
             raise CorruptBlob("The blob is gone from the remote store.", key=blob.key) from error
         return sha256.digest()

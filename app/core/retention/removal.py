@@ -3,12 +3,14 @@
 Invariants: only of a tombstoned database. I8: rows that forks or readers need stay, as in
 `expiry.py`. Segment rows go before their files, so that a crash between leaves files that recovery
 removes, and never rows whose WAL would count as lost.
-Concurrency: one at a time. Cancellation, crash: any step may be done again.
+Concurrency: a database is taken apart by one at a time; one that waits for its readers holds up no
+other. Cancellation, crash: any step may be done again.
 """
 
 import asyncio
 from collections.abc import Callable
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 from app.core.base import failpoints
 from app.core.base.clock import Clock
@@ -38,11 +40,11 @@ class DatabaseRemoval:
         self._wal = wal
         self._expiry = expiry
         self._clock = clock
-        self._lock = asyncio.Lock()
+        self._turns: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
 
     async def remove(self, db_id: int, *, touch: Callable[[], None] = lambda: None) -> Removed:
         """All of it that nobody needs any more."""
-        async with self._lock:
+        async with self._turns.setdefault(db_id, asyncio.Lock()):
             await self._remove_wal(db_id)
         touch()
         failpoints.fp("collect.before_prune")

@@ -84,7 +84,7 @@ class Explaining:
             if job is None:
                 raise JobNotFound(f"There is no job {job_id}.", job_id=job_id)
             unfinished = view.unfinished_jobs()
-            leases = [lease for lease in view.leases() if lease.db_id == job.db_id]
+            leases = view.database_leases(job.db_id)
         own = tuple(lease for lease in leases if lease.job_id == job.job_id)
         others = [lease for lease in leases if lease.job_id != job.job_id]
         if job.state in ENDED_STATES:

@@ -25,8 +25,9 @@ JOB = "01J0000000000000000000000A"
 
 
 class Bench:
-    def __init__(self, staging: MergeStaging, rows: list, remote: MemoryRemote, scratch) -> None:
+    def __init__(self, staging: MergeStaging, rows: list, remote: MemoryRemote, scratch, touched):
         self.staging, self.rows, self.remote, self.scratch = staging, rows, remote, scratch
+        self.touched = touched
 
     async def merge(self):
         return await self.staging.stage(merge_of(self.rows), self.scratch.file("merged.blob"))
@@ -34,7 +35,7 @@ class Bench:
 
 @pytest.fixture
 async def bench(tmp_path):
-    remote, rows = MemoryRemote(), []
+    remote, rows, touched = MemoryRemote(piece_bytes=200), [], []
     for number in range(2):
         segment = build_segment(
             tmp_path / f"{number}.wal", [[b"a" * 500, b"b"]], first_lsn=2 * number + 1,
@@ -62,15 +63,17 @@ async def bench(tmp_path):
             codec="none", actions=(merge_of(rows),),
         ),
         manifest=manifest, hot_cache=cache, remote=lambda: remote, scratch=scratch, pool=pool,
-        scope=KeyScope(tenant="t", database="d"),
+        scope=KeyScope(tenant="t", database="d"), touch=lambda: touched.append(1),
     )  # fmt: skip
-    yield Bench(staging, rows, remote, scratch)
+    yield Bench(staging, rows, remote, scratch, touched)
     pool.close_blocking()
 
 
 async def test_sources_that_are_not_at_hand_are_fetched(bench):
     row = await bench.merge()
     assert (row.chunk_id, row.first, row.last, row.count) == (0, 1, 4, 4)
+    pieces = sum(-(-len(data) // 200) for data in bench.remote.objects.values())
+    assert len(bench.touched) == pieces  # so many pieces are no stall
 
 
 async def test_damage_on_the_way_is_fetched_once_more(bench):

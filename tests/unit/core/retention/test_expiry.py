@@ -4,6 +4,7 @@ import asyncio
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 from app.core.base.errors import GenerationExpired
 from app.core.retention.expiry import gaps
 from app.core.retention.policy import judge
+from app.core.retention.removal import DatabaseRemoval
 from app.core.stores.manifest import ops
 from app.core.stores.manifest.errors import GenerationGone, RowPinned
 from app.core.stores.manifest.records import Retention, SnapshotRecord
+from tests.helpers.fake_clock import FakeClock as TickingClock
 from tests.unit.core.retention.world import World, flattened
 from tests.unit.core.stores.manifest.builders import batch, open_store
 
@@ -279,3 +282,29 @@ async def test_a_generation_goes_when_its_snapshot_does(world: World) -> None:
     assert (await world.retention.run(5, everything=False)).generations == 0
     await world.store.commit(batch(ops.DeleteSnapshot(db_id=db_id, name="s")))
     assert (await world.retention.run(5, everything=False)).generations == 1
+
+
+async def test_a_deleted_database_whose_readers_are_slow_holds_up_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, quick = [await world.create() for _ in range(2)]
+    clock = TickingClock()
+    pinned = SimpleNamespace(is_pinned=True)
+
+    def log(db_id: int):
+        return pinned if db_id == slow else SimpleNamespace(is_pinned=False)
+
+    monkeypatch.setattr(world.wal, "log", log)
+    removal = DatabaseRemoval(world.store, world.wal, world.expiry, clock=clock)
+    for db_id in (slow, quick):
+        await world.publish(db_id, 0, "base")
+        await world.delete(db_id)
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(removal.remove(slow))
+        await clock.until_sleeping()
+        async with asyncio.timeout(10):
+            assert (await removal.remove(quick)).generations == 1
+        assert not waiting.done()
+        pinned.is_pinned = False
+        clock.advance(1)
+    assert world.wal.dropped == [quick, slow]
