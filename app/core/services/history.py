@@ -1,5 +1,6 @@
 """What was published and when, and how long it is kept."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 
 from app.core.base.events import Events
@@ -28,6 +29,7 @@ class History:
         self._directory = directory
         self._now_us = now_us
         self._events = events
+        self._turn = asyncio.Lock()
 
     def generations(
         self, tenant: str, name: str, *, limit: int, after: int | None, expiring: bool = False
@@ -52,17 +54,18 @@ class History:
         self, tenant: str, name: str, change: Callable[[Retention], Retention]
     ) -> None:
         """Holds for collections from now on. Raises DatabaseNotFound."""
-        record = self._directory.read(tenant, name)
-        retention = change(record.retention)
-        if retention == record.retention:
-            return
-        await self._manifest.commit(
-            ManifestBatch(
-                ops=(SetRetention(db_id=record.db_id, retention=retention),),
-                reason="database.retention_set",
-                db_id=record.db_id,
+        async with self._turn:  # a change is of what is there: two at once must not undo each other
+            record = self._directory.read(tenant, name)
+            retention = change(record.retention)
+            if retention == record.retention:
+                return
+            await self._manifest.commit(
+                ManifestBatch(
+                    ops=(SetRetention(db_id=record.db_id, retention=retention),),
+                    reason="database.retention_set",
+                    db_id=record.db_id,
+                )
             )
-        )
         self._events.info(
             "database.retention_set", tenant=tenant, database=name,
             keep_generations=retention.keep_generations, keep_seconds=retention.keep_seconds,

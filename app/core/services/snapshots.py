@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 from app.core.base.clock import Clock, wall_us
 from app.core.base.errors import (
+    BopError,
     DatabaseNotFound,
     GenerationExpired,
     SnapshotExists,
     SnapshotNotFound,
-    Unavailable,
 )
 from app.core.base.events import Events
 from app.core.retention.selection import require_snapshot, select_generation
@@ -103,7 +103,7 @@ class Snapshots:
         try:
             async with asyncio.timeout(STORE_SECONDS):
                 await self._upload.objects.store_snapshot(row)
-        except (TimeoutError, Unavailable) as error:
+        except (TimeoutError, BopError) as error:  # the row stands, and the rest follows
             self._events.warning("snapshot.document_waits", snapshot=name, detail=str(error))
             self._upload.wake()
         return row

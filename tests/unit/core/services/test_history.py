@@ -1,6 +1,7 @@
 """Snapshots and forks over a real manifest and a remote store that fails as told."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from app.core.base.errors import (
     CorruptBlob,
     DatabaseConflict,
     DatabaseNotFound,
+    DiskFull,
     FormatFromFuture,
     GenerationExpired,
     NoGeneration,
@@ -29,11 +31,12 @@ from app.core.retention.snapshot_document import (
     restored_snapshot,
 )
 from app.core.services.forks import Forks, forked
+from app.core.services.history import History
 from app.core.services.recovery import pinned_rows
 from app.core.services.snapshots import Snapshots
 from app.core.stores.manifest import ops
 from app.core.stores.manifest.lineage import FORK_DEPTH_MAX
-from app.core.stores.manifest.records import DatabaseRecord, SnapshotRecord
+from app.core.stores.manifest.records import DatabaseRecord, Retention, SnapshotRecord
 from app.core.stores.manifest.store import ManifestStore
 from app.core.workers.history_upload import HistoryUpload
 from tests.helpers.memory_remote import MemoryRemote
@@ -140,6 +143,44 @@ async def test_a_snapshot_stands_while_the_remote_store_is_away(bench: Bench) ->
     data = bench.remote.objects[key]
     restored = restored_snapshot(decode_snapshot(data, key=key), data=data, key=key)
     assert restored == msgspec.structs.replace(row, document_stored=True)
+
+
+async def test_a_snapshot_that_cannot_be_marked_stands_all_the_same(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was made: an answer that says otherwise would be a lie (I13)."""
+    await bench.publish(1, 1)
+    commit = bench.store.commit
+
+    async def full(asked: ops.ManifestBatch) -> Any:
+        if asked.reason == "snapshot.stored":
+            raise DiskFull
+        return await commit(asked)
+
+    monkeypatch.setattr(bench.store, "commit", full)
+    row = await bench.snapshots.create("acme", "db", "s")
+    assert bench.snapshots.get("acme", "db", "s") == row
+    assert not await bench.upload.run_once()
+    monkeypatch.undo()
+    assert await bench.upload.run_once()
+    assert bench.snapshots.get("acme", "db", "s").document_stored
+
+
+async def test_two_who_change_retention_at_once_both_do(bench: Bench) -> None:
+    directory: Any = bench.directory
+    history = History(bench.store, directory, now_us=lambda: 0, events=Events())
+
+    def change(**fields: int) -> Callable[[Retention], Retention]:
+        return lambda retention: msgspec.structs.replace(retention, **fields)
+
+    await asyncio.gather(
+        history.set_retention("acme", "db", change(keep_generations=7)),
+        history.set_retention("acme", "db", change(keep_seconds=5)),
+        history.set_retention("acme", "db", change(minimum_generations=3)),
+    )
+    assert bench.directory.read("acme", "db").retention == Retention(
+        keep_generations=7, keep_seconds=5, minimum_generations=3
+    )
 
 
 async def test_a_document_that_lands_behind_the_deletion_is_taken_away(bench: Bench) -> None:
