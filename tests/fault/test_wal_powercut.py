@@ -171,7 +171,7 @@ async def look(
         catalog=Catalog(rows={DB: {row.segment_id: row for row in rows}}),
         threads=1,
     )
-    async with place.log(chunk_bytes=CHUNK) as log:
+    async with place.log(chunk_bytes=CHUNK, has_lived=bool(rows)) as log:
         if log.health != "ok":
             return f"health is {log.health}"
         try:

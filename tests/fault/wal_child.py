@@ -71,7 +71,8 @@ async def opened(
         try:
             yield manifest, await wal.open_log(
                 LogConfig(
-                    db_id=db_id, engine=EngineCode.APPEND_ONLY, chunk_bytes=CHUNK, floor_lsn=1
+                    db_id=db_id, engine=EngineCode.APPEND_ONLY, chunk_bytes=CHUNK, floor_lsn=1,
+                    has_lived=bool(rows),
                 ),
                 [
                     CatalogSegment(

@@ -272,6 +272,31 @@ async def test_a_manifest_older_than_the_wal_takes_nothing_from_it(log):
     assert path.read_bytes() == data
 
 
+async def test_a_single_append_that_the_manifest_does_not_know_is_taken_over(log):
+    """As above; but nothing in the file says that it was acknowledged."""
+    await log.client.post(URL, content=pack_records([b"published"]), headers=FRAMED)
+    job = (await log.client.post("/checkpoints", json={"tenant": "acme", "database": "log"})).json()
+    assert (await log.client.get(f"/jobs/{job['id']}?wait=30")).json()["state"] == "completed"
+    backup = (await log.client.post("/admin/manifest/backup")).json()["path"]
+    later = await log.client.post(URL, content=pack_records([b"later"]), headers=FRAMED)
+    await log.terminate()
+    shutil.rmtree(log.data_dir / "manifest")
+    shutil.copytree(backup, log.data_dir / "manifest")
+    assert (await fsck(Settings(data_dir=log.data_dir))).findings == ()
+    for records in ([b"published", b"later"], [b"published", b"later", b"more"]):
+        await log.start()
+        database = (await log.client.get(LOG)).json()
+        assert database["health"]["state"] == "ok"
+        assert database["next_lsn"] == later.json()["last_lsn"] + len(records) - 1
+        read = await log.client.get(
+            f"{LOG}/records?from_lsn=1", headers={"Accept": FRAMED["Content-Type"]}
+        )
+        assert read.content == pack_records(records)
+        await log.client.post(URL, content=pack_records([b"more"]), headers=FRAMED)
+        await log.terminate()
+    assert (await fsck(Settings(data_dir=log.data_dir))).findings == ()
+
+
 async def test_lost_wal_is_told_and_its_lsns_are_never_given_out_again(log):
     for _ in range(3):
         await log.client.post(URL, content=pack_records([b"lost"]), headers=FRAMED)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from weakref import WeakValueDictionary
 
 from app.core.base.errors import DatabaseNotFound, WrongEngine
@@ -68,6 +68,7 @@ class DatabaseDirectory:
                 engine=ENGINE_CODES[record.engine],
                 chunk_bytes=record.chunk_bytes,
                 floor_lsn=record.floor_lsn,
+                has_lived=_has_lived(record, rows),
                 page_size=record.page_size,
                 remembered=tuple(
                     RememberedAppend(
@@ -164,6 +165,12 @@ class DatabaseDirectory:
             "database.unhealthy", tenant=record.tenant, database=record.name, health=log.health,
             lost_from_lsn=log.lost_from_lsn,
         )  # fmt: skip
+
+
+def _has_lived(record: DatabaseRecord, rows: Sequence[WalSegmentRecord]) -> bool:
+    """Whether it had segments, or published, which takes a log that was open."""
+    born_at = record.forked_from.generation if record.forked_from else 0
+    return record.state != "tombstoned" and (bool(rows) or record.generation > born_at)
 
 
 def catalog_segment(row: WalSegmentRecord) -> CatalogSegment:

@@ -1,9 +1,9 @@
 """Finds out what a log holds, from its files and its rows in the manifest. Reads only.
 
 Invariants: I1: what was acknowledged is kept whole, what was not is kept whole or cut; damage to
-what was acknowledged is reported and nothing is cut. I13: files without a row held nothing
-acknowledged and go, unless their entries say otherwise (`unregistered`). I14: LSNs go on above all
-that may have been given out.
+what was acknowledged is reported and nothing is cut. Files without a row are taken over where they
+go on with the log, stop it where their entries say that they were acknowledged (`unregistered`),
+and go otherwise. I14: LSNs go on above all that may have been given out.
 Crash: nothing was changed.
 
 A bad entry had been durable, so that it is damage and no torn tail, if a later intact entry says
@@ -17,23 +17,31 @@ from typing import Literal
 
 from app.core.base.errors import StorageFailure
 from app.core.formats.damage import Damage
-from app.core.formats.segment import EngineCode, EntryFlag, IndexBuilder, SegmentHeader
+from app.core.formats.segment import (
+    SEGMENT_HEADER_BYTES,
+    EngineCode,
+    EntryFlag,
+    IndexBuilder,
+    SegmentHeader,
+)
 from app.core.stores.wal.disk import Disk
 from app.core.stores.wal.remembered import SegmentAppend
-from app.core.stores.wal.requests import LastRequest
+from app.core.stores.wal.requests import UNIT_BYTES_MIN, LastRequest
 from app.core.stores.wal.scan import SegmentReader
 from app.core.stores.wal.segments import (
     CatalogSegment,
     LogConfig,
+    NewSegment,
     Segment,
     SegmentInfo,
     SegmentMarks,
     segment_name,
 )
-from app.core.stores.wal.tail_scan import Boundary, KeyedRequests, TailScan
+from app.core.stores.wal.tail_scan import Boundary, KeyedRequests, ScanMark, TailScan
 from app.core.stores.wal.unregistered import (
     known_lsn,
     newer_than_rows_blocking,
+    opened,
     segment_ids_blocking,
 )
 
@@ -64,11 +72,19 @@ class Recovered:
     lost_segment_ids: tuple[int, ...] = ()
     unregistered_ids: tuple[int, ...] = ()
     """Files that hold nothing acknowledged, to be removed."""
+    adopted: list[NewSegment] = field(default_factory=list)
+    """Segments whose rows are to be written before anything else."""
     remembered: list[SegmentAppend] = field(default_factory=list)
     cut: Cut | None = None
     damage: str | None = None
     damaged_segment_id: int | None = None
     last_request: LastRequest | None = None  # of libsql databases
+
+    def stop(self, segment_id: int, reason: str) -> None:
+        """What was found stays readable; nothing is cut, sealed, registered or removed."""
+        self.health, self.damage, self.damaged_segment_id = "corrupt_wal", reason, segment_id
+        self.unsealed, self.to_cut, self.adopted, self.unregistered_ids = [], [], [], ()
+        self.cut = None
 
 
 class _Corrupt(Exception):
@@ -99,46 +115,41 @@ class _Recovery:
         self._found = Recovered(next_lsn=config.floor_lsn)
         self._requests = KeyedRequests()
         self._tail: TailScan | None = None
+        self._strays = self._files - {row.segment_id for row in self._rows}
 
     def run(self) -> Recovered:
-        found = self._found
+        found, config = self._found, self._config
         self._note_lost()
         try:
             for row in self._rows:
                 if row.segment_id in self._files and row.segment_id not in found.lost_segment_ids:
                     self._take(row)
+            newer = self._newer_than_rows()
+            if newer is None and config.has_lived and found.health == "ok":
+                self._adopt()
             self._end()
         except _Corrupt as corrupt:
             self._stop_at(corrupt)
         else:
-            known = {row.segment_id for row in self._rows}
-            found.unregistered_ids = tuple(sorted(self._files - known))
-            self._keep_newer_than_rows()
+            if newer is not None:
+                found.stop(newer, "it holds what was acknowledged after this manifest was made")
+            else:
+                found.adopted = self._to_register()
+                taken = {new.segment_id for new in found.adopted}
+                found.unregistered_ids = tuple(sorted(self._strays - taken))
         found.remembered = list(self._requests.found)
-        found.next_lsn = max(
-            found.next_lsn,
-            *(row.last_lsn + 1 for row in self._rows if row.state != "open"),
-            *(segment.written.next_lsn for segment in (*found.segments, *found.unsealed)),
-            1,
-        )
+        self._tail = None  # what it came to is in `found`
+        found.next_lsn = self._next_lsn()
         return found
 
-    def _keep_newer_than_rows(self) -> None:
-        found, config = self._found, self._config
-        newer = newer_than_rows_blocking(
+    def _newer_than_rows(self) -> int | None:
+        return newer_than_rows_blocking(
             self._disk,
             self._directory,
-            db_id=config.db_id,
-            segment_ids=found.unregistered_ids,
-            known_lsn=known_lsn(config.floor_lsn, self._rows),
+            db_id=self._config.db_id,
+            segment_ids=self._strays,
+            known_lsn=known_lsn(self._config.floor_lsn, self._rows),
         )
-        if newer is not None:
-            found.health = "corrupt_wal"
-            found.damage = (
-                "it holds what was acknowledged after the manifest, an older one, was made"
-            )
-            found.damaged_segment_id = newer
-            found.unsealed, found.to_cut, found.unregistered_ids, found.cut = [], [], (), None
 
     def _note_lost(self) -> None:
         lost = [
@@ -260,6 +271,74 @@ class _Recovery:
             self._disk.close(fd)
         return not flags & EntryFlag.ENDS
 
+    # --- files without a row ------------------------------------------------------------------
+
+    def _adopt(self) -> None:
+        """Takes those over that go on where the log ends, as far as they hold whole requests: of a
+        crash, or acknowledged after the manifest, an older one, was made.
+        """
+        mark: ScanMark | None = None
+        for segment_id in sorted(self._strays):
+            if segment_id < self._next_lsn():
+                continue  # it is of what was published or dropped
+            if not self._goes_on_with(segment_id):
+                break
+            if self._tail is None:
+                self._tail = TailScan(within=self._sealed_part_is_within())
+            mark = mark or self._tail.mark()
+            row = CatalogSegment(
+                segment_id=segment_id, first_lsn=segment_id, ceiling_lsn=0, state="open", last_lsn=0
+            )
+            self._take(row)
+            if self._tail is None:  # it was sealed
+                mark = None
+        if self._tail is not None and mark is not None:
+            self._tail.leave_out_incomplete(mark)
+            if not self._tail.segments:
+                self._tail = None
+        ends = self._found.segments[-1:] if self._tail is None else []
+        if any(one.info is None and self._sealed_part_is_within() for one in ends):  # unpublished
+            raise _Corrupt(ends[0].segment_id, "a sealed request is incomplete")
+
+    def _next_lsn(self) -> int:
+        found = self._found
+        return max(
+            found.next_lsn,
+            *(row.last_lsn + 1 for row in self._rows if row.state != "open"),
+            *(segment.written.next_lsn for segment in (*found.segments, *found.unsealed)),
+            *(segment.written.next_lsn for segment in (self._tail.segments if self._tail else ())),
+            1,
+        )
+
+    def _goes_on_with(self, segment_id: int) -> bool:
+        """Whether the file begins with the log's next entry."""
+        config = self._config
+        expected = (config.db_id, config.engine, segment_id, segment_id, segment_id)
+        within = self._tail.within if self._tail else self._sealed_part_is_within()
+        try:
+            with opened(self._disk, self._directory, segment_id) as reader:
+                header = reader.header()
+                entry = reader.entry(SEGMENT_HEADER_BYTES, end=reader.size)
+        except Damage:
+            return False
+        found = (
+            header.db_id, header.engine, header.segment_id, header.first_lsn, entry.first_lsn,
+        )  # fmt: skip
+        begins = bool(entry.flags & EntryFlag.BEGINS)
+        return segment_id == self._next_lsn() and found == expected and begins != bool(within)
+
+    def _to_register(self) -> list[NewSegment]:
+        """With the ceilings that the log would have given them."""
+        lsns_max = self._config.chunk_bytes // UNIT_BYTES_MIN + 1
+        return [
+            NewSegment(
+                segment_id=segment.segment_id, first_lsn=segment.first_lsn,
+                ceiling_lsn=max(segment.first_lsn + lsns_max, segment.written.next_lsn + 1),
+            )
+            for segment in self._found.segments
+            if segment.segment_id in self._strays
+        ]  # fmt: skip
+
     # --- the end ------------------------------------------------------------------------------
 
     def _end(self) -> None:
@@ -299,9 +378,7 @@ class _Recovery:
     def _stop_at(self, corrupt: _Corrupt) -> None:
         """What lies before the damage stays readable; nothing is cut, sealed or removed."""
         found, tail = self._found, self._tail
-        found.health = "corrupt_wal"
-        found.damage, found.damaged_segment_id = str(corrupt), corrupt.segment_id
-        found.unsealed, found.to_cut = [], []
+        found.stop(corrupt.segment_id, str(corrupt))
         if tail is None or tail.boundary is None:
             return
         for position, segment in enumerate(tail.segments[: tail.boundary.position + 1]):

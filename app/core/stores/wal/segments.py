@@ -48,6 +48,10 @@ class LogConfig:
     engine: EngineCode
     chunk_bytes: int
     floor_lsn: int
+    has_lived: bool = False
+    """Its directory was opened before, so that files there are its own; else they may be those of
+    another database that had the id in a life that the manifest, an older one, does not know.
+    """
     remembered: Sequence[RememberedAppend] = ()
     page_size: int = 0  # of libsql databases
 

@@ -157,6 +157,8 @@ class WalStore:
     ) -> tuple[Recovered, BopError | None]:
         self._make_root_blocking()
         recovered = recover_blocking(self._disk, directory=directory, config=config, rows=rows)
+        if recovered.adopted:
+            self._register_blocking(config, recovered)
         # From the end backwards: after a crash between, what is left is still a torn tail.
         for segment in reversed(recovered.to_cut):
             writer.truncate_blocking(segment)
@@ -179,6 +181,17 @@ class WalStore:
         if config.page_size:
             self._find_last_request(recovered, page_size=config.page_size)
         return recovered, seal_error
+
+    def _register_blocking(self, config: LogConfig, recovered: Recovered) -> None:
+        """Without their rows the log does not go on; the next start tries again."""
+        adopted = {new.segment_id: new for new in recovered.adopted}
+        try:
+            self._catalog.register_blocking(db_id=config.db_id, segments=recovered.adopted)
+        except BopError as error:
+            recovered.stop(min(adopted), f"its row cannot be written: {error}")
+        for segment in recovered.segments:
+            if (new := adopted.get(segment.segment_id)) is not None:
+                segment.ceiling_lsn = new.ceiling_lsn
 
     def _find_last_request(self, recovered: Recovered, *, page_size: int) -> None:
         try:
@@ -211,6 +224,10 @@ class WalStore:
                 "wal.recovered", db_id=db_id, segments=len(recovered.segments),
                 next_lsn=recovered.next_lsn, health=recovered.health, seconds=seconds,
             )  # fmt: skip
+        for new in recovered.adopted:
+            self._events.info(
+                "wal.adopted", db_id=db_id, segment_id=new.segment_id, first_lsn=new.first_lsn
+            )
         if (cut := recovered.cut) is not None:
             self._events.warning(
                 "wal.tail_cut", db_id=db_id, segment_id=cut.segment_id, lsn=cut.lsn,

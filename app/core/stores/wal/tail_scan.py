@@ -23,6 +23,18 @@ class Boundary:
     marks: SegmentMarks
 
 
+@dataclass(frozen=True, slots=True)
+class ScanMark:
+    """Where a scan was."""
+
+    segments: int
+    within: bool | None
+    boundary: Boundary | None
+    stop: str | None
+    claimed: bool
+    broken_seal: bool
+
+
 class TailScan:
     """Segments are given in order. `within`: a request has begun and not ended; None where that
     cannot be known, since the segment before is gone.
@@ -62,6 +74,28 @@ class TailScan:
                     self.boundary = Boundary(position, marks)
         except Damage as damage:
             self.stop = str(damage)
+
+    def mark(self) -> ScanMark:
+        return ScanMark(
+            len(self.segments), self.within, self.boundary, self.stop, self.claimed,
+            self.broken_seal,
+        )  # fmt: skip
+
+    def leave_out_incomplete(self, mark: ScanMark) -> None:
+        """Of the segments that were added since, those behind the last complete request: as if
+        they had not been added.
+        """
+        boundary = self.boundary
+        whole = 0 if boundary is None else boundary.position + bool(boundary.marks.entries)
+        if whole <= mark.segments:
+            del self.segments[mark.segments :]
+            self.within, self.boundary, self.stop = mark.within, mark.boundary, mark.stop
+            self.claimed, self.broken_seal = mark.claimed, mark.broken_seal
+        elif whole < len(self.segments):
+            del self.segments[whole:]
+            self.stop = None
+            if boundary is not None and boundary.position == whole:
+                self.within, self.boundary = False, Boundary(whole - 1, self.segments[-1].written)
 
     def look_behind(self, reader: SegmentReader, *, db_id: int) -> None:
         """After a stop in the last segment: what is there instead of an entry?"""

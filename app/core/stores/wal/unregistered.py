@@ -4,7 +4,7 @@ A group's files are written before their rows, so that a crash may leave files w
 nothing acknowledged in them. The same is seen where the manifest was put back from a backup that
 is older than the WAL; then those files hold what was acknowledged since, and nobody may take them
 for remains. An entry proves it that says of an LSN in them that it was durable. A file with one
-group of appends has no such entry, and cannot be told from a crash's.
+group of appends has no such entry, and cannot be told from a crash's: recovery takes it over.
 """
 
 from collections.abc import Iterable, Iterator
@@ -41,20 +41,20 @@ def newer_than_rows_blocking(
     """
     first_lsns: dict[int, int] = {}
     for segment_id in sorted(segment_ids):
-        with suppress(Damage, FileNotFoundError), _opened(disk, directory, segment_id) as reader:
+        with suppress(Damage, FileNotFoundError), opened(disk, directory, segment_id) as reader:
             header = reader.header()
             if header.db_id == db_id and header.first_lsn >= known_lsn:
                 first_lsns[segment_id] = header.first_lsn
     lsn = min(first_lsns.values(), default=0)
     for segment_id in first_lsns:
-        with suppress(FileNotFoundError), _opened(disk, directory, segment_id) as reader:
+        with suppress(FileNotFoundError), opened(disk, directory, segment_id) as reader:
             if reader.claims_durable(lsn, start=SEGMENT_HEADER_BYTES):
                 return segment_id
     return None
 
 
 @contextmanager
-def _opened(disk: Disk, directory: Path, segment_id: int) -> Iterator[SegmentReader]:
+def opened(disk: Disk, directory: Path, segment_id: int) -> Iterator[SegmentReader]:
     """A file that nothing names may go at any time."""
     fd = disk.open(directory / segment_name(segment_id), writable=False)
     try:

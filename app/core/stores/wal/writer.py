@@ -253,6 +253,7 @@ class LogWriter:
         try:
             for segment, run in reversed(targets):
                 if run.creates:
+                    self._empty(segment)  # its name may come back
                     self._close(segment)
                     self._disk.unlink(segment.path)
                 else:
@@ -290,6 +291,11 @@ class LogWriter:
         if segment.fd is None:
             segment.fd = self._disk.open(segment.path, writable=True)
         return segment.fd
+
+    def _empty(self, segment: Segment) -> None:
+        if segment.fd is not None:
+            self._disk.truncate(segment.fd, 0)
+            self._disk.sync_data(segment.fd)
 
     def _close(self, segment: Segment) -> None:
         if segment.fd is not None:

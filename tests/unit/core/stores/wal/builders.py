@@ -127,10 +127,16 @@ class Place:
         chunk_bytes: int = CHUNK,
         floor_lsn: int = 1,
         remembered: Sequence[RememberedAppend] = (),
+        has_lived: bool = False,
     ) -> AsyncIterator[WalLog]:
         async with self.store() as store:
             yield await store.open_log(
-                config(chunk_bytes=chunk_bytes, floor_lsn=floor_lsn, remembered=remembered),
+                config(
+                    chunk_bytes=chunk_bytes,
+                    floor_lsn=floor_lsn,
+                    remembered=remembered,
+                    has_lived=has_lived,
+                ),
                 self.catalog.of(),
             )
 
@@ -168,10 +174,11 @@ def config(
     chunk_bytes: int = CHUNK,
     floor_lsn: int = 1,
     remembered: Sequence[RememberedAppend] = (),
+    has_lived: bool = False,
 ) -> LogConfig:
     return LogConfig(
         db_id=db_id, engine=EngineCode.APPEND_ONLY, chunk_bytes=chunk_bytes, floor_lsn=floor_lsn,
-        remembered=remembered,
+        remembered=remembered, has_lived=has_lived,
     )  # fmt: skip
 
 

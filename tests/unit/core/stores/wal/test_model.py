@@ -54,7 +54,7 @@ class LogAgainstList(RuleBasedStateMachine):
         async def enter() -> tuple[AsyncExitStack, WalLog]:
             stack = AsyncExitStack()
             log = await stack.enter_async_context(
-                self.place.log(chunk_bytes=CHUNK, remembered=self.remembered)
+                self.place.log(chunk_bytes=CHUNK, remembered=self.remembered, has_lived=True)
             )
             return stack, log
 
