@@ -85,8 +85,13 @@ class GuardedProtocol(HttpToolsProtocol):
         ):
             self._refusal = (HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, self._too_large())
             raise _Refused
-        if self.parser.get_http_version() not in VERSIONS:
+        version = self.parser.get_http_version()
+        if version not in VERSIONS:
             self._refusal = (HTTPStatus.BAD_REQUEST, "This takes HTTP/1.1 and HTTP/1.0.")
+            raise _Refused
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (hosts == 0 and version != "1.0"):  # RFC 9112, section 3.2
+            self._refusal = (HTTPStatus.BAD_REQUEST, "A request has one Host.")
             raise _Refused
         self._head_since = None
         self._head_bytes = 0

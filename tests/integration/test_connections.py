@@ -68,6 +68,8 @@ REFUSED: dict[str, bytes] = {
     + CHUNKED_EMPTY
     + SMUGGLED,
     "another coding": POST + b"Transfer-Encoding: xchunked\r\n\r\n" + CHUNKED_EMPTY + SMUGGLED,
+    "two hosts": b"GET /healthz HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n" + SMUGGLED,
+    "no host": b"GET /healthz HTTP/1.1\r\n\r\n" + SMUGGLED,
     "no method": b"\x16\x03\x01\x02\x00\x01\x00" + SMUGGLED,
     "HTTP/2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SMUGGLED,
     "HTTP/0.9": b"GET /healthz\r\n\r\n" + SMUGGLED,
