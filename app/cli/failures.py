@@ -3,6 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+from app.core.base.errors import (
+    DatabaseNotFound,
+    Forbidden,
+    JobNotFound,
+    NotReady,
+    Unauthenticated,
+    WalLost,
+)
+
 FAILED = 1
 WRONG_USAGE = 2
 
@@ -15,6 +24,12 @@ HINTS: Mapping[str, str] = {
     "wal_lost": "Accept the loss with 'bop-checkpoint databases acknowledge-loss TENANT/DATABASE'.",
     "not_ready": "Wait until /readyz answers 200; its reasons say what is missing.",
 }
+
+API_HINTS: Mapping[str, str] = {
+    error.code: error.hint
+    for error in (Unauthenticated, Forbidden, DatabaseNotFound, JobNotFound, WalLost, NotReady)
+}
+"""What the service says in their place, of its paths and headers."""
 
 
 class Failure(Exception):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
-from app.cli.failures import HINTS, Failure, wrong_usage
+from app.cli.failures import API_HINTS, HINTS, Failure, wrong_usage
 from app.cli.screen import Screen
 from app.core.base.clock import Clock, SystemClock
 from app.core.base.ids import is_name
@@ -89,9 +89,11 @@ def explained(error: "ClientError") -> Failure:
                 members={"status": error.status},
             )
         case ProblemError():
+            hint = HINTS.get(error.code, "")
+            told = error.detail or error.title
             return Failure(
-                error.detail or error.title,
-                hint=HINTS.get(error.code, ""),
+                told.removesuffix(f" {API_HINTS[error.code]}") if hint else told,
+                hint=hint,
                 code=error.code,
                 members={**error.extras, "status": error.status, "title": error.title},
             )

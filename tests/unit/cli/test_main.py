@@ -10,9 +10,11 @@ import pytest
 import yaml
 
 from app import __version__
+from app.cli.failures import API_HINTS, HINTS
 from app.cli.jobs import Kind
 from app.cli.main import hoisted, wants_json
 from app.core.stores.manifest.records import JobKind
+from tests.helpers.fake_api import problem
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 HEAVY = ("fastapi", "uvicorn", "lmdb", "aiobotocore", "pydantic", "httpx", "rich", "numpy")
@@ -171,6 +173,14 @@ def test_a_problem_is_a_sentence_with_what_to_do(cli):
     problem = cli.json("databases", "show", "acme/events").problem
     assert (problem["code"], problem["status"]) == ("database_not_found", 404)
     assert problem["request_id"] == "r1"
+
+
+def test_the_services_own_hint_gives_way_to_the_commands(cli, api):
+    assert set(API_HINTS) == set(HINTS)
+    said = f"There is no acme/events. {API_HINTS['database_not_found']}"
+    api._before = [lambda request: problem(404, "database_not_found", detail=said)]
+    lines = cli("databases", "show", "acme/events").stderr.splitlines()
+    assert lines == ["Error: There is no acme/events.", HINTS["database_not_found"]]
 
 
 def test_another_service_is_told_as_such(cli, api):
