@@ -128,6 +128,22 @@ def test_admin_port_is_reached_by_nobody_unless_named(chart: Chart):
     assert admin_rules(MAXIMAL) == [MAXIMAL["networkPolicy"]["adminFrom"]]
 
 
+def test_runbooks_are_where_the_installer_says(chart: Chart):
+    def urls(**rule: str) -> set[str]:
+        values = {"metrics": {"prometheusRule": {"enabled": True, **rule}}}
+        [rules] = of_kind(render(chart, values), "PrometheusRule")
+        return {
+            alert["annotations"]["runbook_url"]
+            for group in rules["spec"]["groups"]
+            for alert in group["rules"]
+            if "alert" in alert
+        }
+
+    pages = {f"docs/runbooks/{page.name}" for page in (REPOSITORY / "docs/runbooks").glob("*.md")}
+    assert urls() <= pages
+    assert all(url.startswith("https://wiki/x/") for url in urls(runbookBaseUrl="https://wiki/x"))
+
+
 def test_the_alerts_know_the_service_whatever_its_release_is_called(chart: Chart):
     values = {"fullnameOverride": "other", "metrics": {"serviceMonitor": {"enabled": True}}}
     [monitor] = of_kind(render(chart, values), "ServiceMonitor")
