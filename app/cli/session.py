@@ -1,6 +1,7 @@
 """What every command that talks to a service shares: where it is, who asks, how to show."""
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -48,7 +49,9 @@ class Session:
         retry: "RetryPolicy | None" = None,
     ) -> T:
         """Runs `work` with a client of its own. Raises Failure for all that is expected."""
-        from app.client import BopClient, ClientError  # noqa: PLC0415 - 0.4 s that --help can do without
+        # httpx's own command line, which brings rich and pygments: 50 ms that nothing here needs
+        sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
+        from app.client import BopClient, ClientError  # noqa: PLC0415 - 0.3 s that --help can do without
 
         async def connected() -> T:
             async with client:

@@ -46,6 +46,24 @@ def test_talking_to_a_service_imports_no_server():
     assert ended.stdout == "[]\n"
 
 
+def test_commands_load_nothing_to_draw_with():
+    """Where nothing is drawn: httpx would bring rich for a command line of its own."""
+    code = (
+        "import sys\n"
+        "from app.cli.main import main\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as end:\n"
+        "    loaded = [name for name in ('rich', 'pygments', 'click') if name in sys.modules]\n"
+        "    print(loaded, 'httpx' in sys.modules, end.code)\n"
+    )
+    arguments = ["--url", "http://127.0.0.1:9", "--output", "json", "databases", "show", "a/b"]
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.splitlines()[-1] == "[] True 1"
+
+
 CONTRACT = {
     "": "serve recover demo append records replicate restore checkpoint generations truncate fork "
     "cold-scan verify gc janitor fsck",
