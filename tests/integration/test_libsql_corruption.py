@@ -165,6 +165,7 @@ async def test_a_damaged_blob_never_gives_wrong_pages(
             assert file.read_bytes() != data
         await server.kill9()
         shutil.rmtree(server.data_dir / "hot_cache")
+        shutil.rmtree(server.data_dir / "directories")
         await server.start()
         tried = databases[: len(some)]
         newest = await asyncio.gather(*(read(server.client, one, 2) for one in tried))
