@@ -97,7 +97,7 @@ class CheckpointExecutor:
     async def _run(self, hold: JobHold) -> Mapping[str, Any]:
         if hold.job.published_generation is not None:
             await self._clean_up(hold)  # a power cut may have brought the scratch back
-            return await self._finish(hold)
+            return await self._finish(hold, started=None)
         if self._is_deleted(hold.job.db_id):
             raise JobCancelled("The database was deleted.")
         started = self._parts.clock.monotonic()
@@ -117,15 +117,7 @@ class CheckpointExecutor:
                     clock=self._parts.clock,
                 ),
             )
-        result = await self._finish(hold)
-        self._parts.events.info(
-            "checkpoint.completed",
-            seconds=self._parts.clock.monotonic() - started,
-            bytes_uploaded=result["bytes_uploaded"],
-            bytes_dirtied=plan.bytes_dirtied,
-            **job_fields(hold.job),
-        )
-        return result
+        return await self._finish(hold, started=started)
 
     def _is_deleted(self, db_id: int) -> bool:
         with self._parts.manifest.read() as view:
@@ -286,10 +278,20 @@ class CheckpointExecutor:
 
     # --- after the publication: only onwards --------------------------------------------------
 
-    async def _finish(self, hold: JobHold) -> Mapping[str, Any]:
+    async def _finish(self, hold: JobHold, *, started: float | None) -> Mapping[str, Any]:
+        """`started`: when the attempt that also published began."""
         assert hold.job.plan is not None
+        plan = decode_plan(hold.job.plan)
         await complete_publication(self._parts, hold)
-        return result_of(decode_plan(hold.job.plan), rows_of(hold.job.intents))
+        result = result_of(plan, rows_of(hold.job.intents))
+        self._parts.events.info(
+            "checkpoint.completed",
+            seconds=None if started is None else self._parts.clock.monotonic() - started,
+            bytes_uploaded=result["bytes_uploaded"],
+            bytes_dirtied=plan.bytes_dirtied,
+            **job_fields(hold.job),
+        )
+        return result
 
     # --- ways out -----------------------------------------------------------------------------
 

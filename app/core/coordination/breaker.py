@@ -50,7 +50,7 @@ class ForegroundBreaker:
         now = self._clock.monotonic()
         if self._judged_at is None or now - self._judged_at >= JUDGED_SECONDS:
             self._judged_at = now
-            self._judge(now)
+            self._judge()
         return self._open
 
     def p99_seconds(self) -> float | None:
@@ -62,8 +62,7 @@ class ForegroundBreaker:
             return None
         return float(np.percentile([seconds for _, seconds in self._samples], PERCENTILE))
 
-    def _judge(self, now: float) -> None:
-        del now
+    def _judge(self) -> None:
         p99 = self.p99_seconds()
         limit = self._limit_seconds * (RESUME_RATIO if self._open else 1.0)
         was_open, self._open = self._open, p99 is not None and p99 > limit

@@ -74,6 +74,7 @@ class Databases:
         self._clock = clock
         self._now_us = now_us
         self._events = events
+        self._accepting = asyncio.Lock()
 
     async def create(
         self, tenant: str, name: str, spec: DatabaseSpec
@@ -160,28 +161,29 @@ class Databases:
         """The operator accepts that unpublished WAL is lost; appends go on above every LSN that
         was ever given out (I14). Without a loss nothing changes.
         """
-        record = self._directory.read(tenant, name)
-        log = self._directory.log(record.db_id)
-        if log.health == "wal_lost":
-            await self._manifest.commit(
-                ManifestBatch(
-                    ops=(
-                        RaiseFloor(db_id=record.db_id, floor_lsn=log.next_lsn),
-                        SetHealth(db_id=record.db_id, health="ok"),
-                        *(
-                            RemoveSegment(db_id=record.db_id, segment_id=segment_id)
-                            for segment_id in log.lost_segment_ids
+        async with self._accepting:  # whoever comes second finds no loss any more
+            record = self._directory.read(tenant, name)
+            log = self._directory.log(record.db_id)
+            if log.health == "wal_lost":
+                await self._manifest.commit(
+                    ManifestBatch(
+                        ops=(
+                            RaiseFloor(db_id=record.db_id, floor_lsn=log.next_lsn),
+                            SetHealth(db_id=record.db_id, health="ok"),
+                            *(
+                                RemoveSegment(db_id=record.db_id, segment_id=segment_id)
+                                for segment_id in log.lost_segment_ids
+                            ),
                         ),
-                    ),
-                    reason="database.loss_acknowledged",
-                    db_id=record.db_id,
+                        reason="database.loss_acknowledged",
+                        db_id=record.db_id,
+                    )
                 )
-            )
-            await log.acknowledge_loss()
-            self._events.warning(
-                "database.loss_acknowledged", tenant=tenant, database=name,
-                lost_from_lsn=record.lost_from_lsn,
-            )  # fmt: skip
+                await log.acknowledge_loss()
+                self._events.warning(
+                    "database.loss_acknowledged", tenant=tenant, database=name,
+                    lost_from_lsn=record.lost_from_lsn,
+                )  # fmt: skip
         return self.get(tenant, name)
 
     def _status(self, record: DatabaseRecord) -> DatabaseStatus:

@@ -3,22 +3,27 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from app.core.base.events import Events
 from app.core.services.databases import Databases, DatabaseSpec
 from app.core.services.directory import DatabaseDirectory
+from app.core.stores.manifest import ops
+from app.core.stores.manifest.records import WalSegmentRecord
+from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.wal.store import WalStore
 from tests.helpers.paged import NoCatalog, fail
-from tests.unit.core.stores.manifest.builders import FakeClock, open_store
+from tests.unit.core.stores.manifest.builders import FakeClock, batch, open_store
 
 SPEC = DatabaseSpec(engine="append_only")
 
 
 class Bench:
-    def __init__(self, databases: Databases, wal: WalStore) -> None:
-        self.databases, self.wal = databases, wal
+    def __init__(self, manifest: ManifestStore, databases: Databases, wal: WalStore) -> None:
+        self.manifest, self.databases, self.wal = manifest, databases, wal
 
 
 @pytest.fixture
@@ -30,7 +35,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     )
     directory = DatabaseDirectory(manifest, wal, events=Events())
     databases = Databases(manifest, directory, clock=clock, now_us=lambda: 0, events=Events())
-    yield Bench(databases, wal)
+    yield Bench(manifest, databases, wal)
     await wal.aclose()
     await manifest.aclose()
 
@@ -78,3 +83,24 @@ async def test_a_database_whose_log_could_not_be_opened_is_opened_when_it_is_ask
         await bench.databases.create("acme", "db", SPEC)
     status, is_new = await bench.databases.create("acme", "db", SPEC)
     assert (status.health, is_new) == ("ok", False)
+
+
+async def test_two_who_accept_a_loss_at_once_are_both_answered(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, _ = await bench.databases.create("acme", "db", SPEC)
+    db_id = status.record.db_id
+    row = WalSegmentRecord(db_id=db_id, segment_id=7, first_lsn=7, ceiling_lsn=99)
+    await bench.manifest.commit(batch(ops.RegisterSegment(row=row)))
+    lost: Any = SimpleNamespace(
+        health="wal_lost", next_lsn=99, lost_segment_ids=(7,), lost_from_lsn=7, wal_bytes=0
+    )
+
+    async def acknowledge_loss() -> None:
+        lost.health = "ok"
+
+    lost.acknowledge_loss = acknowledge_loss
+    monkeypatch.setattr(bench.wal, "log", lambda db_id: lost)
+    both = await asyncio.gather(*(bench.databases.acknowledge_loss("acme", "db") for _ in range(2)))
+    assert [one.health for one in both] == ["ok", "ok"]
+    assert [one.record.floor_lsn for one in both] == [99, 99]
