@@ -5,16 +5,8 @@ from typing import NewType
 
 from app.core.base.clock import Clock, Randomness
 
-DatabaseId = NewType("DatabaseId", int)
-SegmentId = NewType("SegmentId", int)
-ChunkId = NewType("ChunkId", int)
-Generation = NewType("Generation", int)
-Lsn = NewType("Lsn", int)
 JobId = NewType("JobId", str)
 CheckpointId = NewType("CheckpointId", str)
-LeaseToken = NewType("LeaseToken", int)
-
-FIRST_LSN = Lsn(1)
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"

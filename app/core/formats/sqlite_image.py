@@ -17,25 +17,11 @@ USABLE_BYTES_MIN = 480
 
 _HEAD = struct.Struct(">16sH6BII")  # magic … change counter, page count
 _VERSION_VALID_FOR = struct.Struct(">92xI")
-_FILE_VERSIONS = slice(18, 20)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileVersions:
-    """Bytes 18 and 19: 1 is a rollback journal, 2 a WAL."""
-
-    write: int
-    read: int
-
-
-ROLLBACK_JOURNAL = FileVersions(write=1, read=1)
-WAL_JOURNAL = FileVersions(write=2, read=2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageHeader:
     page_size: int
-    versions: FileVersions
     page_count: int | None  # None where the header's own does not hold
 
 
@@ -59,7 +45,6 @@ def parse_image_header(head: bytes | memoryview) -> ImageHeader:
     (valid_for,) = _VERSION_VALID_FOR.unpack_from(head)
     return ImageHeader(
         page_size=page_size,
-        versions=FileVersions(write=write, read=read),
         page_count=count if count and changes == valid_for else None,
     )
 
@@ -79,16 +64,3 @@ def image_page_count(header: ImageHeader, *, image_bytes: int) -> int:
     if not 0 < count <= PAGE_COUNT_MAX:
         raise Damage(f"a SQLite file cannot have {count} pages")
     return count
-
-
-def file_versions(page: bytes | memoryview) -> FileVersions:
-    """Of page 1."""
-    write, read = page[_FILE_VERSIONS]
-    return FileVersions(write=write, read=read)
-
-
-def with_file_versions(page: bytes | memoryview, versions: FileVersions) -> bytes:
-    """Page 1 with bytes 18 and 19 changed, so that SQLite opens the file with that journal."""
-    patched = bytearray(page)
-    patched[_FILE_VERSIONS] = bytes((versions.write, versions.read))
-    return bytes(patched)

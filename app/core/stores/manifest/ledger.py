@@ -67,7 +67,8 @@ def migrate_blocking(
 ) -> None:
     """Runs the pending steps and opens every table.
 
-    Raises `FormatFromFuture`, having changed nothing, or `StartRefused` if a step fails.
+    Raises `FormatFromFuture`, having changed nothing, or `StartRefused` if a step fails or the
+    ledger cannot be read.
     """
     known = {step.number: step for step in steps}
     if len(known) != len(steps):
@@ -119,6 +120,11 @@ def _read_ledger(environment: ManifestEnvironment) -> dict[int, LedgerEntry]:
             int(key.removeprefix(LEDGER_PREFIX)): msgspec.msgpack.decode(raw, type=LedgerEntry)
             for key, raw in rows.scan(SCHEMA, LEDGER_PREFIX)
         }
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise StartRefused(
+            f"The ledger of schema steps in {environment.path} cannot be read: {error}. Restore "
+            "the newest backup of the manifest, or run `bop-checkpoint recover`."
+        ) from error
     finally:
         transaction.abort()
 

@@ -356,11 +356,6 @@ class ManifestView:
             keys = [key[len(prefix) :] for key in rows.scan_keys(JOBS_PENDING, prefix)]
             return [job for key in keys if (job := rows.get(JOBS, key)) is not None]
 
-    def pending_job(self, db_id: int, kind: JobKind) -> JobRecord | None:
-        """The newest pending one. It may be a retry that has planned already (`plan`)."""
-        pending = self.pending_jobs(db_id, kind)
-        return pending[-1] if pending else None
-
     def idempotency(self, scope_hash: bytes) -> IdempotencyRecord | None:
         return self._get(IDEMPOTENCY, scope_hash)
 

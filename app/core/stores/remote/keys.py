@@ -18,9 +18,8 @@ SNAPSHOTS_PREFIX = "snapshots/"
 PROBE_PREFIX = "probe/"
 
 KEY_BYTES_MAX = 1024  # S3's own limit
-SEGMENT_BYTES_MAX = 255  # what file systems take
 
-_SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
+_SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")  # 255 bytes: what file systems take
 _CHECKPOINT_ID = re.compile(r"[0-9]{10,}-[0-9]{6,}-[0-7][0-9A-HJKMNP-TV-Z]{25}(-[1-9][0-9]*)?")
 _SHA256_HEX = re.compile(r"[0-9a-f]{64}")
 _CHUNK = re.compile(r"chunk-([0-9]+)-([0-9]+)-([0-9a-f]{64})\.blob")

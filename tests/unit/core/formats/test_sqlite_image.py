@@ -10,13 +10,8 @@ from hypothesis import strategies as st
 from app.core.formats.damage import Damage
 from app.core.formats.sqlite_image import (
     IMAGE_HEADER_BYTES,
-    ROLLBACK_JOURNAL,
-    WAL_JOURNAL,
-    FileVersions,
-    file_versions,
     image_page_count,
     parse_image_header,
-    with_file_versions,
 )
 
 
@@ -53,7 +48,6 @@ def test_files_that_sqlite_wrote(tmp_path, page_size, journal):
     image = written(tmp_path / "db", page_size=page_size, journal=journal)
     header = parse_image_header(image)
     assert header.page_size == page_size
-    assert header.versions == (WAL_JOURNAL if journal == "WAL" else ROLLBACK_JOURNAL)
     assert header.page_count == page_count(image) == len(image) // page_size
 
 
@@ -108,19 +102,3 @@ def test_a_header_cut_off_is_damage(image):
 def test_hostile_bytes_are_damage(data):
     with pytest.raises(Damage):
         parse_image_header(data)
-
-
-def test_the_journal_of_a_file_is_two_bytes(tmp_path):
-    image = written(tmp_path / "db", journal="WAL")
-    assert file_versions(memoryview(image)) == FileVersions(write=2, read=2)
-    patched = with_file_versions(memoryview(image), ROLLBACK_JOURNAL)
-    assert [at for at in range(len(image)) if image[at] != patched[at]] == [18, 19]
-    assert with_file_versions(patched, WAL_JOURNAL) == image
-
-    (tmp_path / "patched").write_bytes(patched)
-    connection = sqlite3.connect(tmp_path / "patched")
-    try:
-        assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
-        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    finally:
-        connection.close()

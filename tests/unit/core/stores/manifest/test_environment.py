@@ -13,7 +13,7 @@ from app.core.base.ids import is_ulid
 from app.core.stores.manifest import ops
 from app.core.stores.manifest.environment import is_disk_full
 from app.core.stores.manifest.ledger import MigrationStep, MigrationTransaction
-from app.core.stores.manifest.tables import TABLES
+from app.core.stores.manifest.tables import SCHEMA, TABLES, ledger_key
 from migrations.runner import load_steps
 from tests.unit.core.stores.manifest.builders import batch, create_database, open_store
 
@@ -161,6 +161,16 @@ async def test_a_manifest_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     other = MigrationStep(number=91, name="other", apply=renaming)
     with pytest.raises(FormatFromFuture, match="rename"):
         await open_store(tmp_path / "manifest", migrations=[*load_steps(), other])
+
+
+async def test_a_ledger_that_cannot_be_read_refuses_the_start(tmp_path: Path) -> None:
+    store = await open_store(tmp_path / "manifest")
+    transaction = store._environment.begin(write=True)
+    transaction.put(ledger_key(1), b"rubbish", db=store._environment.handles[SCHEMA])
+    transaction.commit()
+    await store.aclose()
+    with pytest.raises(StartRefused, match="ledger of schema steps"):
+        await open_store(tmp_path / "manifest")
 
 
 async def test_numbers_are_unique(tmp_path: Path) -> None:

@@ -29,9 +29,9 @@ async def test_pending_index_follows_the_state(store: ManifestStore) -> None:
 
     assert pending() == unfinished() == ["J1", "J2"]
     with store.read() as view:
-        assert view.pending_job(1, "create_checkpoint").job_id == "J2"
-        assert view.pending_job(1, "prune_checkpoint") is None
-        assert view.pending_job(2, "create_checkpoint") is None
+        assert view.pending_jobs(1, "create_checkpoint")[-1].job_id == "J2"
+        assert view.pending_jobs(1, "prune_checkpoint") == []
+        assert view.pending_jobs(2, "create_checkpoint") == []
     await store.commit(batch(change("J1", state="in_flight", run=1)))
     assert (pending(), unfinished()) == (["J2"], ["J1", "J2"])
     await store.commit(batch(change("J1", state="pending")))
