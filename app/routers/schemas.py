@@ -431,6 +431,7 @@ class JobView(View):
 class PageOf(View):
     """One page of a list."""
 
+    items: list[Any]
     next_cursor: str | None
     """Pass it as `?cursor=` for the next page; null: this was the last."""
 

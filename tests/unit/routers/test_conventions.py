@@ -210,7 +210,9 @@ async def test_pages_follow_each_other(client, service):
 
 async def test_a_full_last_page_has_no_next(client, service):
     service.add_database("acme", "more")
-    assert (await client.get(f"{DATABASES}?limit=2")).json()["next_cursor"] is None
+    page = (await client.get(f"{DATABASES}?limit=2")).json()
+    assert list(page) == ["items", "next_cursor"]
+    assert page["next_cursor"] is None
 
 
 @pytest.mark.parametrize("limit", ["0", "1001", "x", "-1"])
