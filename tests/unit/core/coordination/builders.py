@@ -1,9 +1,14 @@
 """Quotas, and what is used of them."""
 
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
 from app.core.base.events import Events
 from app.core.coordination.quota import StorageQuota
 from app.core.coordination.usage import UsageKind, UsageLink
 from tests.helpers.fake_clock import FakeClock
+
+T = TypeVar("T")
 
 
 def make_quota(limit: int = 1000, *, drain: int = 0, clock: FakeClock | None = None):
@@ -23,6 +28,15 @@ def used(quota: StorageQuota) -> dict[str, object]:
         "tenants": {tenant.tenant: tenant.used_bytes for tenant in seen.tenants},
         "jobs": {job.job_id: job.reserved_bytes for job in seen.jobs},
     }
+
+
+def at_once(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine gives that waits for nothing, as `reserve` does without reclaimers."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("It waits.")
 
 
 EMPTY = {"global": 0, "drain": 0, "tenants": {}, "jobs": {}}

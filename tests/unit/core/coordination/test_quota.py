@@ -11,7 +11,7 @@ from app.core.coordination.quota import Reclaimer, StorageQuota
 from app.core.coordination.quota_levels import JobUsage, QuotaSnapshot, TenantUsage
 from app.core.coordination.usage import UsageKey, UsageKind
 from tests.helpers.fake_clock import FakeClock
-from tests.unit.core.coordination.builders import EMPTY, link, make_quota, used
+from tests.unit.core.coordination.builders import EMPTY, at_once, link, make_quota, used
 
 
 async def test_a_snapshot_tells_limits_and_who_uses_what():
@@ -353,7 +353,7 @@ async def test_cancelled_while_reclaiming_takes_nothing():
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(quota.reserve(tenant="acme", job_id="J1", size_bytes=1))
         await entered.wait()
-        assert await quota.trim() == 0, "it has nothing to free, and waits for nobody"
+        assert at_once(quota.trim()) == 0, "it has nothing to free"
         waiting.cancel()
     held.release()
     assert used(quota) == EMPTY

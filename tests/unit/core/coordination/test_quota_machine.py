@@ -8,7 +8,7 @@ from app.core.base.errors import QuotaExhausted
 from app.core.coordination.reservation import Reservation
 from app.core.coordination.usage import UsageKey, UsageKind, UsageLink
 from tests.helpers.fake_clock import FakeClock
-from tests.unit.core.coordination.builders import EMPTY, link, make_quota, used
+from tests.unit.core.coordination.builders import EMPTY, at_once, link, make_quota, used
 
 
 class QuotaMachine(RuleBasedStateMachine):
@@ -24,14 +24,6 @@ class QuotaMachine(RuleBasedStateMachine):
         self.live: list[Reservation] = []
         self.inodes: dict[tuple[int, UsageLink], None] = {}
 
-    def run(self, coroutine):
-        """Runs a coroutine that never suspends, as `reserve` without reclaimers."""
-        try:
-            coroutine.send(None)
-        except StopIteration as end:
-            return end.value
-        raise AssertionError("suspended")
-
     @rule(
         target=reservations,
         tenant=st.sampled_from("ab"),
@@ -45,7 +37,7 @@ class QuotaMachine(RuleBasedStateMachine):
         limits = {entry.tenant: entry.limit_bytes for entry in before.tenants}
         refusal = reservation = None
         try:
-            reservation = self.run(
+            reservation = at_once(
                 self.quota.reserve(tenant=tenant, job_id=job_id, size_bytes=size, drain_since=since)
             )
         except QuotaExhausted as error:
