@@ -15,10 +15,12 @@ class Renewals:
     """The manifest, as far as renewing goes."""
 
     def __init__(self) -> None:
+        self.asked = 0
         self.batches: list[ManifestBatch] = []
         self.refusal: BopError | None = None
 
     async def commit(self, batch: ManifestBatch) -> None:
+        self.asked += 1
         if self.refusal is not None:
             raise self.refusal
         self.batches.append(batch)
@@ -55,9 +57,10 @@ async def test_a_renewal_that_is_turned_away_is_made_again_in_time(refusal: BopE
         )
         await clock.until_sleeping()
         manifest.refusal = refusal
-        for seconds in (10, 1, 1):
+        for seconds, asked in ((10, 1), (0.98, 1), (0.02, 2), (0.98, 2), (0.02, 3)):
             clock.advance(seconds)
             await clock.until_sleeping()
+            assert manifest.asked == asked
         manifest.refusal = None
         clock.advance(1)
         await clock.until_sleeping()

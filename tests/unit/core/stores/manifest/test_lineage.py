@@ -303,6 +303,8 @@ def test_what_a_fork_changed_takes_its_place_among_what_it_inherits() -> None:
     deltas = lineage.deltas_at(house.rows, 2, 12)
     assert [(row.chunk_id, row.generation) for row in deltas] == [(1, 7), (1, 8), (2, 10)]
     assert lineage.log_range(house.rows, 2, 12) == (11, 50)
+    for lsn, ids in ((1, [1, 2, 3, 4]), (30, [2, 3, 4]), (31, [3, 4]), (51, [])):
+        assert [row.chunk_id for row in lineage.chunks_from(house.rows, 2, 12, lsn)] == ids
     house.check()
 
 
