@@ -57,8 +57,21 @@ class Pruning:
             await self._clock.sleep(INTERVAL_SECONDS)
 
     async def run_once(self) -> int:
-        """Returns how many rows went."""
-        before_us = wall_us(self._clock) - REMEMBERED_US
+        """Returns how many rows went: all that were past their time, however many came since the
+        last round. A part of them is in memory at a time.
+        """
+        gone = 0
+        while True:
+            before_us = wall_us(self._clock) - REMEMBERED_US
+            found = await self._prune_some(before_us)
+            gone += found
+            if found < BATCH_OPS:  # of none was there more than was looked for
+                break
+        if gone:
+            self._events.info("history.pruned", rows=gone)
+        return gone
+
+    async def _prune_some(self, before_us: int) -> int:
         ops = await self._manifest.read_in_thread(
             lambda view: [
                 *self._jobs(view),
@@ -70,8 +83,6 @@ class Pruning:
         )
         for part in _parts(ops):
             await self._manifest.commit(ManifestBatch(ops=tuple(part), reason="history.pruned"))
-        if ops:
-            self._events.info("history.pruned", rows=len(ops))
         return len(ops)
 
     def _jobs(self, view: ManifestView) -> Iterator[Op]:

@@ -64,6 +64,35 @@ async def test_the_oldest_ended_jobs_go(manifest, clock):
     assert await pruning.run_once() == 0
 
 
+async def test_what_came_faster_than_rounds_do_goes_at_once(manifest, clock):
+    """More than a round looks at: each of them ends with no more than is kept."""
+    for first in range(0, 1_300, 650):
+        rows = [
+            op
+            for number in range(first, first + 650)
+            for op in (
+                EnqueueJob(
+                    job=JobRecord(
+                        job_id=new_ulid(clock, RANDOMNESS), kind="create_checkpoint", tenant="t",
+                        database="d", db_id=1, created_at_us=number, state="completed",
+                    )
+                ),
+                AppendAudit(
+                    row=AuditRecord(
+                        sequence=0, at_us=1, principal="ann", action="POST /x", path="/x",
+                        request_id="r",
+                    )
+                ),
+            )
+        ]  # fmt: skip
+        await manifest.commit(ManifestBatch(ops=tuple(rows), reason="t"))
+    pruning = Pruning(manifest, clock=clock, events=Events(), jobs_max=3, audit_max=9)
+    assert await pruning.run_once() == 1_297 + 1_291
+    with manifest.read() as view:
+        assert len(view.jobs(limit=2_000)) == 3
+        assert len(view.audit_log(limit=2_000)) == 9
+
+
 async def test_answers_and_appends_are_kept_for_a_day(manifest, clock):
     now = wall_us(clock)
     answer = IdempotencyRecord(
