@@ -8,7 +8,7 @@ Cancellation: at any await; the file is then rubbish. Crash: it is written over.
 """
 
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -247,7 +247,7 @@ class PageStaging:
         def open_blocking() -> PageBlobWriter:
             return PageBlobWriter(target, spec, base_sha256=base_sha256, threads=self.threads)
 
-        return _Writer(lambda: self._on_disk(target, open_blocking))
+        return _Writer(open_blocking, on_disk=lambda step: self._on_disk(target, step))
 
     async def _on_disk(self, target: Path, step: Callable[[], T]) -> T:
         """In the pool; waited for even when cancelled, since it writes to the file."""
@@ -260,19 +260,33 @@ class PageStaging:
 
 
 class _Writer:
-    """A blob's writer as an async context."""
+    """A blob's writer as an async context. Who is cancelled while it opens leaves nothing open."""
 
-    def __init__(self, open_writer: Callable[[], Awaitable[PageBlobWriter]]) -> None:
-        self._open = open_writer
+    def __init__(
+        self,
+        open_blocking: Callable[[], PageBlobWriter],
+        *,
+        on_disk: Callable[[Callable[[], PageBlobWriter]], Awaitable[PageBlobWriter]],
+    ) -> None:
+        self._open_blocking = open_blocking
+        self._on_disk = on_disk
         self._writer: PageBlobWriter | None = None
 
     async def __aenter__(self) -> PageBlobWriter:
-        self._writer = await self._open()
-        return self._writer
+        try:
+            return await self._on_disk(self._hold_blocking)
+        except BaseException:
+            await self.__aexit__()
+            raise
 
     async def __aexit__(self, *_: object) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):  # of an unfinished one what is buffered may not fit: rubbish
+                self._writer.close()
+
+    def _hold_blocking(self) -> PageBlobWriter:
+        self._writer = self._open_blocking()
+        return self._writer
 
 
 async def _base_pages(against: OpenPages | None, page_nos: PageNos) -> dict[int, bytes] | None:

@@ -183,7 +183,8 @@ def pinned_rows(
 
 def catalogue_rows(documents: Sequence[GenerationDocument]) -> list[ChunkRecord]:
     """Every base and drop that the documents (of one database, in generation order) name, each
-    valid until the first later document that no longer has it. Pure.
+    valid until the row that follows it of its chunk, or the first later document that no longer
+    has it: of the generations between two documents nothing is known. Pure.
     """
     return _with_validity([(_number(one), restored_rows(one)) for one in documents])
 
@@ -202,8 +203,13 @@ def _with_validity(views: Sequence[tuple[int, Sequence[Row]]]) -> list[Row]:
     open_rows: set[tuple[int, int]] = set()
     for generation, view in views:
         here = {(row.chunk_id, row.generation): row for row in view}
+        first = {row.chunk_id: row.generation for row in reversed(view)}
         for gone in open_rows - here.keys():
-            rows[gone] = msgspec.structs.replace(rows[gone], superseded_at=generation)
+            chunk_id, since = gone
+            end = first.get(chunk_id, generation)
+            rows[gone] = msgspec.structs.replace(
+                rows[gone], superseded_at=end if since < end else generation
+            )
         rows.update({place: row for place, row in here.items() if place not in rows})
         open_rows = set(here)
     return [rows[place] for place in sorted(rows)]

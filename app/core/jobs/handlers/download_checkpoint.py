@@ -49,7 +49,7 @@ class DownloadCheckpoint:
     async def run(self, context: JobContext) -> Mapping[str, Any]:
         parts = self._parts
         async with held_generation(parts.manifest, parts.pins, context.job) as held:
-            mine = {blob.sha256.hex() for blob in held.blobs}
+            mine = dict.fromkeys(blob.sha256.hex() for blob in held.blobs)
             for name in mine:
                 parts.hot_cache.refresh(name)  # so that others are evicted first
             seen: Counter[Outcome] = Counter()

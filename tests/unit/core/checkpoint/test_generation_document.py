@@ -117,6 +117,19 @@ def test_catalogue_rows_end_where_a_later_document_no_longer_names_them():
     ]
 
 
+def test_a_row_ends_where_the_next_of_its_chunk_begins_though_no_document_of_then_is_left():
+    """Generations 2 to 4 have expired: what superseded the first row is known all the same."""
+    first, second = row(0, 1, 1, 10), row(0, 3, 1, 20)
+    documents = [
+        build_document(DATABASE, generation(1), [first]),
+        build_document(DATABASE, generation(5), [second]),
+    ]
+    assert catalogue_rows(documents) == [
+        msgspec.structs.replace(first, superseded_at=3),
+        second,
+    ]
+
+
 def delta(chunk_id: int, number: int, *, base_key: str = "base") -> ChunkDeltaRecord:
     return ChunkDeltaRecord(
         db_id=9, chunk_id=chunk_id, generation=number, delta_id=number,
