@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TypeVar
 
-from app.core.base.errors import OutcomeUnknown, RemoteUnavailable
+from app.core.base.errors import CorruptBlob, OutcomeUnknown, RemoteUnavailable
 from app.core.formats.crc64 import crc64
 from app.core.stores.remote.keys import ChunkKey, DeltaKey, parse_key
 from app.core.stores.remote.protocol import (
@@ -51,8 +51,8 @@ class FaultRates:
     slow: float = 0.01
     flipped: float = 0.003
     """A bit of a range that is read. Of whole objects the store's checksum tells."""
-    outage_every_seconds: float = 6 * 3600.0
-    outage_seconds: float = 900.0
+    outage_every_seconds: float = 1200.0
+    outage_seconds: float = 300.0
 
 
 @dataclass
@@ -68,6 +68,9 @@ class Bucket:
     faults: "Counter[str]" = field(default_factory=Counter)
     healthy: bool = False
     """From then on all goes well."""
+    rotten: dict[str, bytes] = field(default_factory=dict)
+    """Objects of which a bit has flipped where they lie, as they were before."""
+    rots: int = 0
     _late: list[tuple[float, int, Callable[[], object]]] = field(default_factory=list)
     _order: "itertools.count[int]" = field(default_factory=itertools.count)
     _outage: tuple[float, float] = (0.0, 0.0)
@@ -111,6 +114,7 @@ class Bucket:
     # --- effects
 
     def put(self, key: str, data: bytes) -> BlobInfo:
+        self.heal(key)
         known = self.objects.get(key)
         is_blob = isinstance(parse_key(key), ChunkKey | DeltaKey)
         if known is not None and known[0] != data and is_blob:
@@ -127,9 +131,25 @@ class Bucket:
             if self.named(key):
                 raise Violation(f"{key} was deleted while a row names it")
             self.objects.pop(key, None)
+            self.rotten.pop(key, None)
+
+    def rot(self, key: str) -> None:
+        data, put_at_us = self.objects[key]
+        self.rotten[key] = data
+        at = self.source.randrange(len(data))
+        self.objects[key] = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], put_at_us
+        self.faults["rotten"] += 1
+        self.rots += 1
+
+    def heal(self, key: str) -> None:
+        """The right bytes are there again, if it was rotten."""
+        if (data := self.rotten.pop(key, None)) is not None:
+            self.objects[key] = data, self.objects[key][1]
 
     def info(self, key: str) -> BlobInfo:
+        """As it was put: of what became of it since, the store knows nothing."""
         data, put_at_us = self.objects[key]
+        data = self.rotten.get(key, data)
         return BlobInfo(
             key=key,
             bytes=len(data),
@@ -167,6 +187,8 @@ class WayToBucket(RemoteStore):
         if key not in self._bucket.objects:
             raise BlobMissing(key=key)
         whole = self._bucket.objects[key][0]
+        if key in self._bucket.rotten and not first and (length or len(whole)) >= len(whole):
+            raise CorruptBlob("The store's checksum of it does not hold.", key=key)
         data = whole[first:] if length is None else whole[first : first + length]
         if len(data) < len(whole) and data and self._bucket.draw("flipped"):
             at = self._bucket.source.randrange(len(data))

@@ -6,9 +6,11 @@ thread. Tasks and futures hash by their order of birth, so that sets of them hav
 """
 
 import asyncio
+import contextvars
+import heapq
 import itertools
 import random
-import selectors
+from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
@@ -28,64 +30,126 @@ class Stuck(AssertionError):
 
 
 class _Task(asyncio.Task[Any]):
-    _births = itertools.count()
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        self._birth = next(self._births)
-        super().__init__(*arguments, **options)
-
     def __hash__(self) -> int:
-        return self._birth
+        return _birth_of(self)
 
 
 class _Future(asyncio.Future[Any]):
-    _births = itertools.count()
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        self._birth = next(self._births)
-        super().__init__(*arguments, **options)
-
     def __hash__(self) -> int:
-        return self._birth
+        return _birth_of(self)
 
 
-class _JumpingSelector(selectors.SelectSelector):
-    """Instead of waiting for a file, tells the loop how long it would have waited."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.jump: Callable[[float], None] = lambda seconds: None
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        if timeout is None:
-            raise Stuck("nothing is ready, and no timer runs")
-        if timeout > 0:
-            self.jump(timeout)
-        return []
+def _birth_of(one: Any) -> int:
+    """When it was first asked for, counted by its loop."""
+    try:
+        return one._birth  # type: ignore[no-any-return]
+    except AttributeError:
+        one._birth = birth = next(one.get_loop().births)
+        return birth  # type: ignore[no-any-return]
 
 
-class VirtualLoop(asyncio.SelectorEventLoop):
+class _Call:
+    """A handle, of a call that is due or that waits for its time."""
+
+    __slots__ = ("_arguments", "_callback", "_context", "_is_cancelled", "_when")
+
+    def __init__(
+        self,
+        when: float,
+        callback: Callable[..., object],
+        arguments: tuple[Any, ...],
+        context: contextvars.Context,
+    ) -> None:
+        self._when, self._callback, self._arguments = when, callback, arguments
+        self._context, self._is_cancelled = context, False
+
+    def when(self) -> float:
+        return self._when
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+        self._callback, self._arguments = _nothing, ()
+
+    def cancelled(self) -> bool:
+        return self._is_cancelled
+
+    def run(self) -> None:
+        self._context.run(self._callback, *self._arguments)
+
+
+def _nothing() -> None:
+    """What a cancelled call does."""
+
+
+class VirtualLoop(asyncio.BaseEventLoop):
+    """Only what `BaseEventLoop` does not do without files: due calls in turn, and time."""
+
     def __init__(self, *, now: float, source: random.Random) -> None:
-        selector = _JumpingSelector()
-        super().__init__(selector)
-        selector.jump = self._jump
+        super().__init__()
         self._now = now
         self._source = source
+        self._due: deque[_Call] = deque()
+        self._timers: list[tuple[float, int, _Call]] = []
+        self._order = itertools.count()
         self._pending: dict[object, dict[int, Callable[[], None]]] = {}
         self._calls = itertools.count()
+        self.births = itertools.count()
         self.steps = 0
         """Turns of the loop."""
-        self.set_task_factory(self._make_task)
+        self.set_task_factory(self._make_task)  # type: ignore[arg-type]
 
     def time(self) -> float:
         return self._now
 
-    def _jump(self, seconds: float) -> None:
-        self._now += seconds
+    def call_soon(  # type: ignore[override]
+        self,
+        callback: Callable[..., object],
+        *arguments: Any,
+        context: contextvars.Context | None = None,
+    ) -> _Call:
+        call = _Call(self._now, callback, arguments, context or contextvars.copy_context())
+        self._due.append(call)
+        return call
+
+    def call_later(  # type: ignore[override]
+        self,
+        delay: float,
+        callback: Callable[..., object],
+        *arguments: Any,
+        context: contextvars.Context | None = None,
+    ) -> _Call:
+        return self.call_at(self._now + delay, callback, *arguments, context=context)
+
+    def call_at(  # type: ignore[override]
+        self,
+        when: float,
+        callback: Callable[..., object],
+        *arguments: Any,
+        context: contextvars.Context | None = None,
+    ) -> _Call:
+        call = _Call(when, callback, arguments, context or contextvars.copy_context())
+        heapq.heappush(self._timers, (when, next(self._order), call))
+        return call
 
     def _run_once(self) -> None:
+        """One turn: all that is due, and where nothing is, time jumps to the next timer."""
         self.steps += 1
-        super()._run_once()  # type: ignore[misc] # the one place where each turn passes
+        due, timers = self._due, self._timers
+        while timers and (timers[0][2]._is_cancelled or timers[0][0] <= self._now or not due):
+            when, _, call = heapq.heappop(timers)
+            if not call._is_cancelled:
+                self._now = max(self._now, when)
+                due.append(call)
+        if not due:
+            raise Stuck("nothing is ready, and no timer runs")
+        for _ in range(len(due)):
+            call = due.popleft()
+            try:
+                call.run()
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:  # noqa: BLE001 - as any loop does
+                self.call_exception_handler({"message": "a callback failed", "exception": error})
 
     @staticmethod
     def _make_task(
@@ -96,10 +160,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def create_future(self) -> _Future:
         return _Future(loop=self)
 
-    def call_soon_threadsafe(self, *arguments: Any, **options: Any) -> Any:
+    def call_soon_threadsafe(self, *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
         return self.call_soon(*arguments, **options)
 
-    def run_in_executor(self, executor: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, function: Callable[..., Any], *arguments: Any
+    ) -> Any:
         """Also what `asyncio.to_thread` calls."""
         future = self.create_future()
 
