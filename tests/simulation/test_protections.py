@@ -65,6 +65,10 @@ def _end_on_any_error(path: Path) -> Iterator[None]:
         raise StorageFailure(f"{path}: {error}") from error
 
 
+class _NeverRaised(Exception):
+    """What is caught instead."""
+
+
 _link = CacheFiles.link_blocking
 
 
@@ -113,7 +117,7 @@ PROTECTIONS: dict[str, tuple[Any, str, Any]] = {
     "a full disk under the WAL ends nothing": (
         wal_writer, "judge_write", _take_want_of_room_for_a_failure,
     ),
-    "a full disk under the manifest ends nothing": (job_loop, "TURNED_AWAY", ()),
+    "a full disk under the manifest ends nothing": (job_loop, "BopError", _NeverRaised),
     "a full disk under scratch is told as such": (
         page_staging, "disk_errors", _end_on_any_error,
     ),
