@@ -205,7 +205,15 @@ class Spool:
         return await self._pool.run(self._open_blocking)
 
     async def append(self, file: SpoolFile, piece: bytes | bytearray) -> None:
-        await self._pool.run(_write_blocking, file, piece)
+        await self.begin_append(file, piece)
+
+    def begin_append(self, file: SpoolFile, piece: bytes | bytearray) -> asyncio.Future[None]:
+        """The write goes on, whether somebody waits for it or not, and what becomes of it is told
+        to who does. Its result raises DiskFull.
+        """
+        write = self._pool.begin(_write_blocking, file, piece)
+        write.add_done_callback(_seen)
+        return write
 
     async def frame(
         self, raw: SpoolFile, framed: SpoolFile, framer: RecordFramer
@@ -221,6 +229,12 @@ class Spool:
         fd, name = tempfile.mkstemp(dir=self._directory)
         Path(name).unlink()
         return SpoolFile(fd)
+
+
+def _seen(write: asyncio.Future[None]) -> None:
+    """Nobody may be left to be told."""
+    if not write.cancelled():
+        write.exception()
 
 
 def _write_blocking(file: SpoolFile, piece: bytes | bytearray) -> None:

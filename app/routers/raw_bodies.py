@@ -2,11 +2,13 @@
 
 Invariants: I11: a body takes a little of the memory that all bodies share, and goes to an unlinked
 file as soon as it is larger. I13: nothing of a refused, broken or abandoned body stays.
-Concurrency: a slow client holds up nobody, because nothing is locked while its body arrives.
+Concurrency: a slow client holds up nobody, because nothing is locked while its body arrives; a
+piece is written while the next one arrives.
 Cancellation: leaving `RawBody` gives back memory and lets the file go, once the last thread that
 reads it has let go as well. Crash: an unlinked file goes with the process.
 """
 
+import asyncio
 import errno
 import os
 from collections.abc import Callable
@@ -72,6 +74,8 @@ class RawBody:
         self._reserved_bytes = 0
         self._file: SpoolFile | None = None
         self._written_bytes = 0
+        self._writing: asyncio.Future[None] | None = None
+        """A piece on its way into the file while the next one arrives."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -84,7 +88,7 @@ class RawBody:
     ) -> None:
         self._give_back()
         self._held = bytearray()
-        self._file = None
+        self._file = self._writing = None
 
     async def read(self) -> HeldBody | SpooledBody:
         """Raises BodyTooLarge, InvalidRequest, DiskFull, ClientGone, and what `check_head` does."""
@@ -99,6 +103,7 @@ class RawBody:
         if self._file is None:
             return HeldBody(self._held)
         await self._write(self._file)
+        await self._join_write()
         return SpooledBody(self._file, self._written_bytes)
 
     def _may_hold(self, count: int) -> bool:
@@ -115,9 +120,17 @@ class RawBody:
     async def _write(self, file: SpoolFile) -> None:
         if self._check_head is not None:
             return  # its head is not there yet
+        await self._join_write()
         held, self._held = self._held, bytearray()
-        await self._spool.append(file, held)
+        self._writing = self._spool.begin_append(file, held)
         self._written_bytes += len(held)
+
+    async def _join_write(self) -> None:
+        """Raises DiskFull."""
+        if self._writing is not None:
+            await asyncio.wait({self._writing})
+            self._writing.result()
+            self._writing = None
         self._give_back()
 
     def _give_back(self) -> None:

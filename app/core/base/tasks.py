@@ -177,9 +177,13 @@ class BlockingPool:
         """Runs `function` in the pool. A caller that is cancelled leaves at once; the call itself
         cannot be interrupted and ends on its own.
         """
+        return await self.begin(function, *args)
+
+    def begin(self, function: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
+        """The same, to be awaited later."""
         loop = asyncio.get_running_loop()
         run = contextvars.copy_context().run  # what the thread tells belongs to the caller's job
-        return await loop.run_in_executor(self._executor, run, function, *args)
+        return loop.run_in_executor(self._executor, run, function, *args)
 
     def submit(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
         """Starts `function`, which reports its own outcome."""
