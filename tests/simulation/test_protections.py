@@ -131,6 +131,7 @@ PROTECTIONS: dict[str, tuple[Any, str, Any]] = {
 
 
 FIRST_SEEDS = {
+    "a full disk under the manifest ends nothing": 29,
     "the cache does without": 7,
     "frames are linked by checksums": 3,
     "what recover knows not it does not guess": 2,
