@@ -22,6 +22,9 @@ T = TypeVar("T")
 
 DEFAULT_URL = "http://127.0.0.1:8600"
 
+# httpx's own command line, which brings rich, click and pygments: 50 ms that nothing here needs
+sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
@@ -49,8 +52,6 @@ class Session:
         retry: "RetryPolicy | None" = None,
     ) -> T:
         """Runs `work` with a client of its own. Raises Failure for all that is expected."""
-        # httpx's own command line, which brings rich and pygments: 50 ms that nothing here needs
-        sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
         from app.client import BopClient, ClientError  # noqa: PLC0415 - 0.3 s that --help can do without
 
         async def connected() -> T:

@@ -46,7 +46,16 @@ def test_talking_to_a_service_imports_no_server():
     assert ended.stdout == "[]\n"
 
 
-def test_commands_load_nothing_to_draw_with():
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["databases", "show", "a/b"],
+        ["restore", "a/b", "-o", "restored.db"],
+        ["replicate", "source.db", "a/b", "--once"],
+    ],
+    ids=" ".join,
+)
+def test_commands_load_nothing_to_draw_with(tmp_path: Path, command: list[str]):
     """Where nothing is drawn: httpx would bring rich for a command line of its own."""
     code = (
         "import sys\n"
@@ -57,10 +66,11 @@ def test_commands_load_nothing_to_draw_with():
         "    loaded = [name for name in ('rich', 'pygments', 'click') if name in sys.modules]\n"
         "    print(loaded, 'httpx' in sys.modules, end.code)\n"
     )
-    arguments = ["--url", "http://127.0.0.1:9", "--output", "json", "databases", "show", "a/b"]
+    arguments = ["--url", "http://127.0.0.1:9", "--output", "json", *command]
     ended = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True,
+        cwd=tmp_path,
+    )  # fmt: skip
     assert ended.stdout.splitlines()[-1] == "[] True 1"
 
 
