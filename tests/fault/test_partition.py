@@ -81,7 +81,9 @@ async def test_a_store_behind_a_partition(seaweed: SeaweedS3, make_server: MakeS
         await wait_until(is_degraded, timeout=20, describe="a store said to be away")
         await append(client, 1)
     assert (await ended(client, job_id))["state"] == "completed"
-    assert await uploads_confirmed() == confirmed + 1
+    # once; or not at all, where the kernel delivers the first request when it can again
+    assert await uploads_confirmed() <= confirmed + 1
+    assert told("checkpoint.published") == 2
     assert await readable(client) == span(1, 7)
     assert len((await client.get(f"{LOG}/generations")).json()["items"]) == 2
     assert (await client.get("/debug/manifest/fsck")).json()["findings"] == []
