@@ -373,7 +373,7 @@ class PageBlobDirectory:
             rows, positions, slots = rows[~zeros], positions[~zeros], slots[~zeros]
         if len(slots) == 0:
             return
-        numbers = np.searchsorted(self._first_slots, slots, side="right").astype(np.intp) - 1
+        numbers = self.blocks_of(positions)
         lengths = columns.slot_bytes[slots].astype(np.int64)
         starts = self._slot_ends[slots].astype(np.int64) - lengths
         starts -= self.container.blocks["raw_offset"][numbers].astype(np.int64)

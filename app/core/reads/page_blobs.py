@@ -205,7 +205,9 @@ class PageBlobs:
 
     async def _load_directory(self, layer: Layer) -> PageBlobDirectory:
         """From where it was kept on the disk, else from the blob."""
-        found = await self._read_kept(layer) or await self._fetch_directory(layer)
+        found = await self._read_kept(layer)
+        if found is None:
+            found = await self._fetch_directory(layer)
         self._directories.put(layer.blob.sha256, found)
         return found
 

@@ -146,9 +146,11 @@ class PagesIn:
         async with self._turn(record.db_id):
             record, state = self._state(tenant, name, log)
             known = _ingestion_state(record, state)
+            head_bytes = min(ingestion.HEAD_BYTES, body.size_bytes)
+            head = await self._pool.run(body.read_blocking, 0, head_bytes)  # perhaps of a file
             request = ingestion.WalRequest(
                 offset=offset,
-                head=bytes(body.read_blocking(0, min(ingestion.HEAD_BYTES, body.size_bytes))),
+                head=bytes(head),
                 after_lsn=after_lsn,
                 body_bytes=body.size_bytes,
             )
