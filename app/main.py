@@ -32,6 +32,7 @@ from app.routers import (
     databases,
     debug,
     diagnosis,
+    docs,
     forks,
     generation_jobs,
     health,
@@ -86,6 +87,7 @@ ROUTERS = (
     limits,
     upkeep,
     health,
+    docs,
 )
 """In the order they are matched: the busiest first."""
 
@@ -155,8 +157,8 @@ def create_app(
         version=__version__,
         summary="Durable, incremental, provably restorable checkpoints on S3.",
         lifespan=lifespan,
+        docs_url=None,  # routers/docs.py
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
         telemetry=_telemetry(tracing),
     )

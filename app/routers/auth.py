@@ -18,7 +18,17 @@ from app.routers.tokens import SCOPES, FileTokens, Scope
 
 LOCAL = Principal(name="local", scopes=SCOPES)
 OPEN_PATHS: frozenset[str] = frozenset(
-    {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs"}
+    {
+        "/healthz",
+        "/readyz",
+        "/metrics",
+        "/openapi.json",
+        "/docs",
+        "/docs/favicon.png",
+        "/docs/start.js",
+        "/docs/swagger-ui.css",
+        "/docs/swagger-ui.js",
+    }
 )
 _SCOPES_ATTRIBUTE = "__bop_scopes__"
 

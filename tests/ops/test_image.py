@@ -81,6 +81,7 @@ async def test_image_answers_healthz_and_runs_as_nobody(image: str, tmp_path: Pa
 
                 await wait_until(is_ready, timeout=60, describe=lambda: "the image's service")
                 assert (await client.get("/healthz")).status_code == 200
+                assert b"SwaggerUIBundle" in (await client.get("/docs/swagger-ui.js")).content
         finally:
             server.terminate()
             await server.wait()

@@ -26,7 +26,7 @@ from tests.helpers.wait import wait_until
 from tests.unit.routers.asgi import RawExchange
 from tests.unit.routers.conftest import TOKENS, Running, bearer, write_tokens
 
-DOCUMENTS = {"/openapi.json", "/docs"}
+DOCUMENTS = {"/openapi.json"}
 
 
 def concrete(path: str, tenant: str) -> str:

@@ -289,12 +289,6 @@ async def test_problems_and_security_are_documented(document):
     } == {"bearer"}
 
 
-async def test_docs_are_served(client):
-    answer = await client.get("/docs")
-    assert answer.status_code == 200
-    assert answer.headers["content-type"].startswith("text/html")
-
-
 async def test_caches(client):
     answer = await client.get("/debug/cache")
     assert answer.status_code == 200
