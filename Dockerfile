@@ -25,6 +25,7 @@ LABEL org.opencontainers.image.title="bop-checkpoint" \
       org.opencontainers.image.description="Durable, incremental, provably restorable checkpoints on S3" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/bop /opt/bop
+COPY LICENSE /opt/bop/
 RUN groupadd --gid 10001 bop \
     && useradd --uid 10001 --gid 10001 --home-dir /data --no-create-home --shell /usr/sbin/nologin bop \
     && install -d -o 10001 -g 10001 -m 0750 /data
