@@ -118,7 +118,8 @@ async def test_a_clock_set_forward_while_it_was_down_counts_up_to_a_day(house: H
 async def test_who_asks_is_answered_and_told_of_failures(house: House) -> None:
     running = asyncio.create_task(house.collector.run())
     async with asyncio.timeout(10):
-        assert (await house.collector.ask(RoundRequest())).waiting == 0
+        for _ in range(2):  # between them the first round by itself ends
+            assert (await house.collector.ask(RoundRequest())).waiting == 0
         await house.remote.add("k")
         await house.store.commit(batch(retire("k", eligible_at_us=5), ops.DoomBlob(key="k")))
         house.remote.unavailable = True
