@@ -19,6 +19,8 @@ from app.core.base.events import Level, Sink, context_fields
 
 _START_REFUSED = f"{StartRefused.__module__}.{StartRefused.__qualname__}"
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+_REFUSED_REQUEST = "Invalid HTTP request received."
+"""Uvicorn's words."""
 _SECRET_FIELDS = frozenset({"authorization", "token", "body", "payload"})
 """Leases have a fencing `token`; it proves nothing to outsiders, but a rule without exceptions
 is easier to keep.
@@ -69,7 +71,10 @@ class _SinkHandler(logging.Handler):
         error = record.exc_info[1] if record.exc_info else None
         if error is not None and type(error).__name__ in {"ResponseBroken", "StartRefused"}:
             return  # told where it happened, as an event
-        if _REFUSED_START.search(message := record.getMessage()):
+        message = record.getMessage()
+        if message == _REFUSED_REQUEST:
+            return  # told as `http.refused`, with its request's name
+        if _REFUSED_START.search(message):
             return  # told likewise; Starlette makes a text of its traceback
         level: Level = "error" if record.levelno >= logging.ERROR else "info"
         if record.levelno == logging.WARNING:

@@ -10,6 +10,7 @@ nothing is durable here.
 
 import asyncio
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from opentelemetry import trace
@@ -118,7 +119,7 @@ class Exchange:
             elif name == b"content-encoding":
                 self.body_encoding = value
         if not self.request_id:
-            self.request_id = f"{randomness.bits(128):032x}"
+            self.request_id = new_request_id(randomness)
 
     def note(self, error: BaseException) -> None:
         """Remembers what failed, for the log line of this request."""
@@ -169,6 +170,18 @@ class Exchange:
                         return
         except TimeoutError:
             return
+
+
+def new_request_id(randomness: Randomness) -> str:
+    return f"{randomness.bits(128):032x}"
+
+
+def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """What the client calls its request; None where it gives no name, or one that is not taken."""
+    for name, value in headers:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return value.decode()
+    return None
 
 
 def joined_trace(header: bytes, randomness: Randomness) -> Trace | None:

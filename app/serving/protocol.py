@@ -2,7 +2,8 @@
 
 Invariants: I11: a request's head is bounded in bytes, fields and time; connections are bounded in
 number; an answer that nobody reads is not held for ever. Whatever is no HTTP is answered once, as a
-problem, and the connection goes, so that nothing behind it is taken for a request.
+problem, and the connection goes, so that nothing behind it is taken for a request. Problem and log
+line name the request alike, as they do for what the application answers.
 
 Concurrency: confined to the event loop; `OrderlyServer` looks at every connection once a second.
 """
@@ -14,8 +15,12 @@ from typing import Any
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.utils import get_remote_addr
 
+from app.core.base.clock import Randomness
 from app.core.base.errors import InvalidRequest, NotReady
+from app.core.base.events import Events
+from app.routers.exchange import new_request_id, request_id_of
 from app.routers.problems import MEDIA_TYPE, problem_members
 
 RETRY_AFTER_SECONDS = 1
@@ -38,9 +43,18 @@ class _Refused(Exception):
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    def __init__(self, *arguments: Any, limits: ConnectionLimits, **options: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        limits: ConnectionLimits,
+        events: Events,
+        randomness: Randomness,
+        **options: Any,
+    ) -> None:
         super().__init__(*arguments, **options)
         self._limits = limits
+        self._events = events
+        self._randomness = randomness
         self._head_since: float | None = None
         """When the head that is being read began; None while there is none."""
         self._head_bytes = 0
@@ -53,8 +67,9 @@ class GuardedProtocol(HttpToolsProtocol):
         if len(self.connections) >= self._limits.connections_max:
             self._is_turned_away = True
             self.transport = transport
+            self.client = get_remote_addr(transport)
             transport.write(
-                answer_bytes(
+                self._answer(
                     HTTPStatus.SERVICE_UNAVAILABLE,
                     code=NotReady.code,
                     title="Too many connections",
@@ -129,11 +144,25 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._is_between_requests():
-            self.transport.write(
-                answer_bytes(status, code=InvalidRequest.code, title=status.phrase, detail=detail)
+            answer = self._answer(
+                status, code=InvalidRequest.code, title=status.phrase, detail=detail
             )
-        # An answer that is under way is not mixed with another: the connection just ends.
+            self.transport.write(answer)
+        else:  # An answer that is under way is not mixed with another: the connection just ends.
+            self._log(None, detail=detail)
         self.transport.close()
+
+    def _answer(self, status: HTTPStatus, *, code: str, title: str, detail: str) -> bytes:
+        named = None if self._refusal is None else request_id_of(self.headers)
+        request_id = named or new_request_id(self._randomness)
+        self._log(status, detail=detail, request_id=request_id)
+        return answer_bytes(status, code=code, title=title, detail=detail, request_id=request_id)
+
+    def _log(self, status: HTTPStatus | None, **fields: str) -> None:
+        """As the edge does for requests that reach it."""
+        tell = self._events.warning if status is not None and status >= 500 else self._events.info
+        client = self.client[0] if self.client else None
+        tell("http.refused", status=status and int(status), client=client, **fields)
 
     def _is_between_requests(self) -> bool:
         cycle: RequestResponseCycle | None = self.cycle
@@ -150,10 +179,12 @@ class GuardedProtocol(HttpToolsProtocol):
         )
 
 
-def answer_bytes(status: HTTPStatus, *, code: str, title: str, detail: str) -> bytes:
+def answer_bytes(
+    status: HTTPStatus, *, code: str, title: str, detail: str, request_id: str
+) -> bytes:
     """A problem that no application had a part in."""
     members = problem_members(
-        code=code, title=title, status=int(status), detail=detail, extras={"request_id": ""}
+        code=code, title=title, status=int(status), detail=detail, extras={"request_id": request_id}
     )
     body = msgspec.json.encode(members)
     may_pass = status == HTTPStatus.SERVICE_UNAVAILABLE
@@ -162,6 +193,7 @@ def answer_bytes(status: HTTPStatus, *, code: str, title: str, detail: str) -> b
         f"HTTP/1.1 {status.value} {status.phrase}\r\n"
         f"content-type: {MEDIA_TYPE}\r\n"
         f"content-length: {len(body)}\r\n"
+        f"x-request-id: {request_id}\r\n"
         f"{wait}connection: close\r\n\r\n"
     )
     return head.encode() + body

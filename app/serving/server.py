@@ -13,6 +13,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from app.core.base.clock import SystemRandomness
 from app.core.base.events import Events
 from app.routers.deps import Desk
 from app.serving.protocol import ConnectionLimits, GuardedProtocol
@@ -59,7 +60,9 @@ class OrderlyServer(uvicorn.Server):
             head_timeout_seconds=settings.head_timeout_seconds,
             answer_stall_seconds=settings.answer_stall_seconds,
         )
-        self._new_protocol = functools.partial(GuardedProtocol, limits=limits)
+        self._new_protocol = functools.partial(
+            GuardedProtocol, limits=limits, events=events, randomness=SystemRandomness()
+        )
         super().__init__(
             uvicorn.Config(
                 app,

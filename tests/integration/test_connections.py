@@ -89,6 +89,16 @@ async def test_what_two_parsers_could_read_differently_is_refused(guarded: Serve
     assert (await guarded.client.get("/healthz")).status_code == 200
 
 
+async def test_a_refusal_is_found_in_the_log_by_its_name(guarded: ServerProcess):
+    heard = await told(guarded.port, b"GET / HTTP/1.1\r\nX-Request-ID: mine\r\n\r\n")
+    assert json.loads(heard.raw.partition(b"\r\n\r\n")[2])["request_id"] == "mine"
+    assert b"x-request-id: mine" in heard.head
+    lines = [json.loads(line) for line in guarded.log_path.read_text().splitlines()]
+    (line,) = [line for line in lines if line.get("request_id") == "mine"]
+    assert (line["event"], line["status"], line["client"]) == ("http.refused", 400, "127.0.0.1")
+    assert not [line for line in lines if "Invalid HTTP" in line.get("detail", "")]
+
+
 async def test_an_upgrade_ends_the_connection(guarded: ServerProcess):
     for protocol in (b"h2c", b"websocket", b"x"):
         data = (

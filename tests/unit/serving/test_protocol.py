@@ -1,0 +1,142 @@
+"""What is refused below the application, on a transport in memory: `tests/integration/
+test_connections.py` has it on sockets.
+"""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from app.core.base.clock import SeededRandomness
+from app.core.base.events import Events
+from app.serving.protocol import ConnectionLimits, GuardedProtocol
+
+LIMITS = ConnectionLimits(
+    connections_max=2,
+    head_bytes_max=1_000,
+    head_fields_max=10,
+    head_timeout_seconds=1.0,
+    answer_stall_seconds=10.0,
+)
+
+
+class Transport(asyncio.Transport):
+    def __init__(self) -> None:
+        super().__init__({"peername": ("192.0.2.7", 4711)})
+        self.written = b""
+        self.closing = False
+
+    def write(self, data: bytes) -> None:  # type: ignore[override]
+        self.written += data
+
+    def close(self) -> None:
+        self.closing = True
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+
+class House:
+    """A server's protocols, without the server."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[str, str, dict[str, Any]]] = []
+        self.events = Events(
+            lambda name, level, fields: self.logged.append((name, level, dict(fields)))
+        )
+        self.randomness = SeededRandomness(7)
+        self.state = ServerState()
+        self.config = uvicorn.Config(self.app, ws="none", log_config=None)
+
+    async def app(self, scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.Event().wait()
+
+    def connect(self) -> tuple[GuardedProtocol, Transport]:
+        protocol = GuardedProtocol(
+            self.config, self.state, {}, limits=LIMITS, events=self.events,
+            randomness=self.randomness,
+        )  # fmt: skip
+        transport = Transport()
+        protocol.connection_made(transport)
+        return protocol, transport
+
+    def refusal(self, transport: Transport) -> tuple[int, str]:
+        """The problem's status and its request's name, the same one wherever it stands."""
+        head, _, body = transport.written.partition(b"\r\n\r\n")
+        headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:])
+        problem = json.loads(body)
+        (line,) = [fields for name, _, fields in self.logged if name == "http.refused"]
+        assert problem["request_id"] == headers["x-request-id"] == line["request_id"]
+        assert problem["status"] == line["status"] == int(head.split()[1])
+        assert problem["detail"] == line["detail"]
+        assert line["client"] == "192.0.2.7"
+        assert transport.closing
+        return problem["status"], problem["request_id"]
+
+
+@pytest.fixture
+async def house() -> House:
+    return House()
+
+
+HEAD = b"GET /healthz HTTP/1.1\r\n"
+REFUSED = {
+    "malformed": (b"\x16\x03\x01\x02\x00", 400),
+    "no host": (HEAD + b"X: y\r\n\r\n", 400),
+    "two hosts": (HEAD + b"Host: a\r\nHost: b\r\n\r\n", 400),
+    "another version": (b"GET / HTTP/2.0\r\nHost: a\r\n\r\n", 400),
+    "a large head": (HEAD + b"Host: a\r\nX: " + b"y" * 2_000 + b"\r\n\r\n", 431),
+    "a head without an end": (HEAD + b"Host: a\r\nX: " + b"y" * 2_000, 431),
+    "many fields": (HEAD + b"Host: a\r\n" + b"X: y\r\n" * 20 + b"\r\n", 431),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_a_refusal_has_a_name_of_the_usual_form(house: House, name: str):
+    data, status = REFUSED[name]
+    protocol, transport = house.connect()
+    protocol.data_received(data)
+    assert house.refusal(transport) == (status, f"{SeededRandomness(7).bits(128):032x}")
+
+
+async def test_a_head_that_comes_too_slowly_has_a_name(house: House):
+    protocol, transport = house.connect()
+    protocol.data_received(HEAD)
+    protocol.look(asyncio.get_running_loop().time() + 2)
+    assert house.refusal(transport)[0] == 408
+
+
+async def test_one_connection_too_many_has_a_name_and_a_warning(house: House):
+    kept = [house.connect() for _ in range(2)]
+    _, transport = house.connect()
+    assert house.refusal(transport)[0] == 503
+    assert [level for name, level, _ in house.logged if name == "http.refused"] == ["warning"]
+    assert not any(transport.written for _, transport in kept)
+
+
+async def test_the_clients_own_name_is_kept_where_the_head_came_whole(house: House):
+    protocol, transport = house.connect()
+    protocol.data_received(HEAD + b"X-Request-ID: mine\r\n\r\n")
+    assert house.refusal(transport) == (400, "mine")
+
+
+@pytest.mark.parametrize("named", [b"a b", b"\xff", b"x" * 129])
+async def test_a_name_that_is_no_name_is_not_repeated(house: House, named: bytes):
+    protocol, transport = house.connect()
+    protocol.data_received(HEAD + b"X-Request-ID: " + named + b"\r\n\r\n")
+    assert len(house.refusal(transport)[1]) == 32
+
+
+async def test_what_breaks_behind_a_request_under_way_is_told_in_the_log_alone(house: House):
+    protocol, transport = house.connect()
+    protocol.data_received(HEAD + b"Host: a\r\n\r\n" + b"\x00")
+    assert transport.written == b""
+    assert transport.closing
+    (line,) = [fields for name, _, fields in house.logged if name == "http.refused"]
+    assert line["status"] is None
+    protocol.connection_lost(None)
+    for task in tuple(house.state.tasks):
+        task.cancel()
