@@ -33,7 +33,6 @@ from app.core.formats.page_blob_writer import (
 )
 from app.core.reads.delta_chain import BaseLayer
 from app.core.reads.open_pages import OpenPages
-from app.core.reads.page_cache import FetchOptions
 from app.core.reads.page_store import PageStore
 from app.core.reads.read_point import ReadPoint
 from app.core.stores.local.disk import disk_errors
@@ -42,7 +41,8 @@ from app.core.stores.remote.keys import chunk_key, delta_key
 
 T = TypeVar("T")
 
-_PAST_THE_CACHE = FetchOptions(bypass=True)
+WINDOW_BYTES = 4 * 1024 * 1024
+"""Of a base that is written: each takes a few turns through the event loop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ class PageStaging:
             identity=self._identity(action),
         )  # fmt: skip
         pages = self.pages.iter_pages(
-            self.point, action.first_page, action.last_page, _PAST_THE_CACHE
+            self.point, action.first_page, action.last_page, window_bytes=WINDOW_BYTES
         )
         async with self._writer(target, spec) as writer, aclosing(pages):
             async for run in pages:

@@ -55,7 +55,7 @@ _EQUAL_PAGES_MAX = 256 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageBatch:
-    """Pages back to back; `page_nos` ascends."""
+    """Pages back to back, which stay as they are; `page_nos` ascends."""
 
     page_nos: PageNos
     data: memoryview
@@ -135,7 +135,7 @@ class PageBlobWriter:
         self._slot_bytes: list[int] = []
         self._slot_pages: list[int] = []
         self._blocks: list[tuple[int, int, int, int, int, int]] = []
-        self._raw = bytearray()  # slots that are not compressed yet …
+        self._raw: bytearray | memoryview = bytearray()  # slots that are not compressed yet …
         self._raw_offset = 0  # … and where they begin
         self._raw_slot = 0
         self._encoder: BlockEncoder | None = None
@@ -242,14 +242,16 @@ class PageBlobWriter:
         self._slot_bytes += [size] * len(fresh)
         self._slot_pages += [numbers[at] for at in fresh]
         if len(fresh) == len(numbers):
-            self._raw += batch.data
+            self._hold(batch.data)
         else:
-            self._raw += np.frombuffer(batch.data, dtype=np.uint8).reshape(-1, size)[fresh].data
+            pages = np.frombuffer(batch.data, dtype=np.uint8).reshape(-1, size)
+            self._hold(pages[fresh].reshape(-1).data)
 
     def _add_patches(
         self, batch: PageBatch, digests: Sequence[bytes], base_pages: Mapping[int, bytes]
     ) -> None:
         size = self._spec.page_size
+        stored_pages: list[bytes] = []
         for at, page_no in enumerate(batch.page_nos.tolist()):
             slot = self._known_slot(digests[at])
             if slot is None:
@@ -257,8 +259,18 @@ class PageBlobWriter:
                 base_page = base_pages.get(page_no)
                 stored = page if base_page is None else _shorter(page, base_page)
                 slot = self._new_slot(page_no, len(stored), digests[at])
-                self._raw += stored
+                stored_pages.append(stored)
             self._slots.append(slot)
+        self._hold(memoryview(b"".join(stored_pages)))
+
+    def _hold(self, data: memoryview) -> None:
+        """Until it is compressed; not copied where nothing else is held."""
+        if not self._raw:
+            self._raw = data
+            return
+        if isinstance(self._raw, memoryview):
+            self._raw = bytearray(self._raw)
+        self._raw += data
 
     def _known_slot(self, digest: bytes) -> int | None:
         return ZERO_SLOT if digest == self._zero_digest else self._slot_of.get(digest)
@@ -286,7 +298,7 @@ class PageBlobWriter:
         if not lengths:
             return
         held, total = self._raw, sum(lengths)
-        self._raw = held[total:]  # less than a block
+        self._raw = memoryview(held)[total:]  # less than a block
         raw = memoryview(held)[:total]
         packed = self._encoder.encode(raw, lengths)
         self._add_blocks(lengths, packed, keys=keys)
@@ -304,7 +316,7 @@ class PageBlobWriter:
             while slot < slots and length + self._slot_bytes[slot] <= PAGE_BLOCK_BYTES:
                 length += self._slot_bytes[slot]
                 slot += 1
-            if slot == slots and not final:
+            if slot == slots and length < PAGE_BLOCK_BYTES and not final:
                 slot = start
                 break
             lengths.append(length)

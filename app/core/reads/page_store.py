@@ -271,19 +271,21 @@ class PageStore:
         point: ReadPoint,
         first: int,
         last: int,
-        options: FetchOptions = DEFAULT_OPTIONS,
+        *,
+        window_bytes: int | None = None,
     ) -> AsyncGenerator[PageRun, None]:
-        """The pages [first, last], both included, in runs of at most a MiB (or one page), with a
-        few of them read ahead. Goes past the page cache, whatever `options` say. Raises what
-        `read_page` does. Close it if it is not read to its end.
+        """The pages [first, last], both included, in runs of at most `window_bytes` (or one page;
+        otherwise a MiB), with a few of them read ahead, as many bytes at once in any case. Goes
+        past the page cache. Raises what `read_page` does. Close it if it is not read to its end.
         """
-        del options
         assert first >= 1
         assert last <= point.page_count
         scope = TaskScope("page-runs", on_error=lambda _: None)  # told where a run is awaited
         chunks: OrderedDict[int, OpenChunk] = OrderedDict()
         ahead: deque[tuple[int, asyncio.Task[PageRun]]] = deque()
-        upcoming = windows(point, first, last, window_bytes=self._window_bytes)
+        window_bytes = window_bytes or self._window_bytes
+        ahead_bytes = self._read_ahead_windows * self._window_bytes
+        upcoming = windows(point, first, last, window_bytes=window_bytes)
 
         def read_next() -> None:
             window = next(upcoming, None)
@@ -296,7 +298,7 @@ class PageStore:
                 ahead.append((chunk_id, run))
 
         try:
-            for _ in range(self._read_ahead_windows):
+            for _ in range(max(2, ahead_bytes // window_bytes)):
                 read_next()
             while ahead:
                 chunk_id, run = ahead.popleft()

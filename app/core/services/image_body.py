@@ -13,7 +13,12 @@ from app.core.formats.sqlite_image import (
     parse_image_header,
 )
 from app.core.formats.sqlite_wal import Words, frame_bytes, lock_byte_page
-from app.core.services.page_payloads import Body, ImageFramesPayload, entry_frames
+from app.core.services.page_payloads import (
+    Body,
+    ImageFrames,
+    ImageFramesPayload,
+    entry_frames,
+)
 from app.core.services.wal_body import frames_max
 
 
@@ -77,21 +82,14 @@ def plan_image(
             wal_budget_bytes=budget_bytes,
             transaction_bytes=needed,
         )
-    per_entry = entry_frames(page_size)
-    entries: list[ImageFramesPayload] = []
-    for first in range(0, len(pages), per_entry):
-        page_nos = pages[first : first + per_entry]
-        commit_sizes = np.zeros(len(page_nos), dtype=np.uint32)
-        is_last = first + per_entry >= len(pages)
-        if is_last:
-            commit_sizes[-1] = footer.page_count
-        entries.append(
-            ImageFramesPayload(
-                body=body,
-                page_size=page_size,
-                page_nos=page_nos,
-                commit_sizes=commit_sizes,
-                footer=footer if is_last else None,
-            )
+    frames = ImageFrames(body, pages, page_size=page_size, page_count=footer.page_count)
+    per_entry, count = entry_frames(page_size), len(pages)
+    return [
+        ImageFramesPayload.of(
+            frames,
+            first,
+            min(first + per_entry, count),
+            footer=footer if first + per_entry >= count else None,
         )
-    return entries
+        for first in range(0, count, per_entry)
+    ]

@@ -181,7 +181,7 @@ class PagePart:
         return None if newest < 0 else self.first_lsn + newest
 
     def newest_lsns(self, page_nos: Words, *, at_lsn: int) -> Lsns:
-        """For each page its newest LSN up to `at_lsn`, 0 where there is none."""
+        """For each page its newest LSN up to `at_lsn`, 0 where there is none. Pages ascend."""
         found = np.zeros(len(page_nos), dtype=np.uint64)
         relative = min(at_lsn, self.next_lsn - 1) - self.first_lsn
         if relative < 0:
@@ -189,6 +189,8 @@ class PagePart:
         pages = page_nos.astype(np.uint64)
         limits = pages << np.uint64(_LSN_BITS) | np.uint64(relative)
         for level in self._levels:
+            if level[0] > limits[-1] or level[-1] < pages[0] << np.uint64(_LSN_BITS):
+                continue  # of no page between the first and the last
             places = np.searchsorted(level, limits, side="right").astype(np.int64) - 1
             keys = level[np.maximum(places, 0)]
             hits = (places >= 0) & (keys >> np.uint64(_LSN_BITS) == pages)
