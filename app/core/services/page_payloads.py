@@ -80,7 +80,8 @@ class ImageFrames:
         """Back to back; cheapest in order."""
         size, held_from = frame_bytes(self.page_size), self._window_first
         if first < held_from or stop > held_from + len(self._window) // size:
-            end = min(len(self.page_nos), first + max(stop - first, WINDOW_BYTES // size))
+            entry = stop - first
+            end = min(len(self.page_nos), first + entry * max(1, WINDOW_BYTES // (entry * size)))
             self._window, self._window_first = self._made(first, end), first
             held_from = first
         return self._window[(first - held_from) * size : (stop - held_from) * size]

@@ -126,10 +126,13 @@ def test_a_blob_of_zeros_alone(tmp_path: Path):
 
 def test_how_pages_come_in_does_not_change_the_bytes(tmp_path: Path):
     shapes = random.Random(2)
-    pages = {number: text_page(shapes, 65536) for number in range(1, 81)}  # with a dictionary
+    pages = {number: text_page(shapes, 65536) for number in range(1, 271)}  # with a dictionary
+    pages |= {150: bytes(65536), 200: pages[199]}
     first = write(tmp_path / "a", pages, batch=7, threads=1)
-    again = write(tmp_path / "b", pages, batch=16, threads=3)
-    assert first == again
+    assert first == write(tmp_path / "b", pages, batch=16, threads=3)
+    assert first == write(tmp_path / "c", pages, batch=64, threads=2)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "c").read_bytes()
+    assert read_all(tmp_path / "c") == pages
     with PageBlobFile.open_blocking(tmp_path / "a", sha256=first.sha256) as blob:
         found = blob.read_blocking(np.array([3, 77, 80, 1000], dtype=np.uint32))
     assert found == {number: pages[number] for number in (3, 77, 80)}

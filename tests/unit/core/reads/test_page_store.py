@@ -361,6 +361,18 @@ async def test_the_lock_byte_page_is_zeros(tmp_path, monkeypatch):
             assert (await db.store.read_page(point, 9)).data == bytes(PAGE)
 
 
+@pytest.mark.parametrize("window_bytes", [PAGE, 3 * PAGE, 1 << 24])
+async def test_runs_are_as_long_as_asked_for(db, window_bytes):
+    await db.publish(rewrites=by_chunk({n: page(n) for n in range(1, 40)}), last_lsn=0)
+    await db.append({3: page(30), 39: page(390)}, page_count=41)
+    pieces = []
+    with await db.store.point(db.db_id) as point:
+        async for run in db.store.iter_pages(point, 1, 41, window_bytes=window_bytes):
+            assert len(run.data) <= max(PAGE, window_bytes)
+            pieces.append(bytes(run.data))
+    assert b"".join(pieces) == db.expected()
+
+
 async def test_an_iterator_that_is_left_lets_go_of_its_files(db):
     await db.publish(rewrites=by_chunk({n: page(n) for n in range(1, 1000)}))
     with await db.store.point(db.db_id) as point:

@@ -11,7 +11,7 @@ from app.core.formats.sqlite_wal import WAL_HEADER_BYTES, newest_pages, parse_wa
 from app.core.formats.sqlite_wal_ingestion import AcceptFrom
 from app.core.formats.sqlite_wal_scanner import ScanEnd
 from app.core.services.image_body import changed_pages, differing_blocking, plan_image
-from app.core.services.page_payloads import ENTRY_BYTES_TARGET, payload_bytes
+from app.core.services.page_payloads import ENTRY_BYTES_TARGET, WINDOW_BYTES, payload_bytes
 from app.core.services.wal_body import frames_max, plan_frames, scan_blocking
 from tests.helpers.sqlite_logs import commit_sizes, frame_offsets, real_log
 
@@ -199,6 +199,30 @@ def test_an_image_becomes_frames():
     ]
     with pytest.raises(TransactionTooLarge):
         plan_image(body, pages, page_size=PAGE, footer=footer, budget_bytes=len(pages) * FRAME)
+
+
+@pytest.mark.parametrize("left_out", [[], [2], [1500, 1501, 4095]])
+def test_frames_of_an_image_are_made_for_many_entries_at_once(left_out):
+    count = 3 * WINDOW_BYTES // PAGE
+    image = np.random.default_rng(6).bytes(count * PAGE)
+    body = Bytes(image)
+    pages = np.setdiff1d(np.arange(1, count + 1, dtype=np.uint32), left_out)
+    footer = FrameFooter(page_count=count)
+    entries = plan_image(body, pages, page_size=PAGE, footer=footer, budget_bytes=1 << 30)
+    expected = [
+        (page_no, count if page_no == count else 0, image[(page_no - 1) * PAGE : page_no * PAGE])
+        for page_no in pages.tolist()
+    ]
+    assert loaded(entries) == expected
+    assert body.read == len(pages) * PAGE
+    assert len(body.places) <= 4 + 2 * len(left_out), "many entries' pages at once"
+    assert body.largest <= WINDOW_BYTES
+    # in any order
+    assert (
+        loaded(entries[5:6] + entries[-1:])
+        == expected[5 * 122 : 6 * 122] + expected[-entries[-1].count :]
+    )
+    assert parse_footer(entries[-1].load_blocking(), page_size=PAGE) == footer
 
 
 def test_an_image_that_differs_in_nothing_takes_page_one():
