@@ -6,6 +6,7 @@ import asyncio
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from app.core.base.clock import SeededRandomness
@@ -16,6 +17,7 @@ from app.core.stores.remote.probe import inspect_endpoint, probe
 from app.core.stores.remote.protocol import BlobMissing, BytesBody, FileBody, RemoteStore
 from app.core.stores.remote.streams import closing
 from tests.helpers.remote import bytes_body, file_body
+from tests.helpers.wait import wait_until
 
 MIB = 1024 * 1024
 HOSTILE_KEYS = [
@@ -125,6 +127,16 @@ class RemoteStoreContract:
             await store.put_blob("bad", body)
         assert await store.head_blob("bad") is None
         assert [info async for info in store.list_blobs("")] == []
+
+    async def test_an_upload_tells_of_its_pieces(self, store: RemoteStore, tmp_path: Path) -> None:
+        """Whoever looks whether anything moves hears of it while the upload is under way."""
+        told: list[asyncio.AbstractEventLoop] = []
+        body = msgspec.structs.replace(
+            file_body(tmp_path / "large", os.urandom(9 * MIB + 1)),
+            on_moved=lambda: told.append(asyncio.get_running_loop()),
+        )
+        await store.put_blob("large", body)
+        await wait_until(lambda: len(told) >= 9)  # what a thread tells comes by the loop
 
     async def test_wrong_length_is_refused(self, store: RemoteStore, tmp_path: Path) -> None:
         (tmp_path / "short").write_bytes(b"short")

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from app.core.base.clock import SeededRandomness, SystemClock
@@ -96,6 +97,13 @@ async def test_a_large_file_goes_up_in_parts(bare: S3RemoteStore, tmp_path: Path
     info = await bare.put_blob("large", file_body(tmp_path / "large", data))
     assert (info.bytes, info.crc64) == (len(data), crc64(data))
     assert await bare.get_blob("large") == data
+
+
+async def test_parts_tell_of_their_pieces(bare: S3RemoteStore, tmp_path: Path) -> None:
+    told: list[None] = []
+    body = file_body(tmp_path / "large", os.urandom(17 * MIB))
+    await bare.put_blob("large", msgspec.structs.replace(body, on_moved=lambda: told.append(None)))
+    assert len(told) >= 17
 
 
 async def test_parts_that_do_not_make_the_whole_are_not_completed(

@@ -101,7 +101,7 @@ class BlobMaking:
         with await parts.pages.point(job.db_id, lsn=plan.last_lsn) as point:
             pages = PageStaging(
                 plan=plan, point=point, pages=parts.pages, pool=parts.pool, scope=scope,
-                threads=self._limits.compression_threads,
+                threads=self._limits.compression_threads, touch=hold.touch,
             )  # fmt: skip
             pages.check()
 
@@ -121,7 +121,7 @@ class BlobMaking:
         if found is None or (found.bytes, found.crc64) != (blob.bytes, blob.crc64):
             failpoints.fp("upload.before_put")
             path = _staged_file(directory, row.chunk_id)
-            body = FileBody(path=path, bytes=blob.bytes, crc64=blob.crc64)
+            body = FileBody(path=path, bytes=blob.bytes, crc64=blob.crc64, on_moved=hold.touch)
             found = await remote.put_blob(blob.key, body)
             failpoints.fp("upload.after_put")
         if (found.bytes, found.crc64) != (blob.bytes, blob.crc64):

@@ -58,6 +58,8 @@ class PageStaging:
     scope: KeyScope
     threads: int
     """For compressing the blocks of one chunk."""
+    touch: Callable[[], None]
+    """Told of every window that was written: a large chunk is no stall."""
 
     def check(self) -> None:
         """Raises StalePlan where the point is not what was planned."""
@@ -256,7 +258,9 @@ class PageStaging:
             with disk_errors(target.parent):
                 return step()
 
-        return await uninterrupted(self.pool.run(run_blocking))
+        done = await uninterrupted(self.pool.run(run_blocking))
+        self.touch()
+        return done
 
 
 class _Writer:

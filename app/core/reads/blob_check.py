@@ -96,9 +96,15 @@ class BlobCheck:
             return Verdict(outcome="damaged", detail="its content is not what was uploaded")
         return Verdict(outcome="ok")
 
-    async def repair(self, blob: BlobRef, turn: Callable[[int], Awaitable[None]]) -> bool:
+    async def repair(
+        self,
+        blob: BlobRef,
+        turn: Callable[[int], Awaitable[None]],
+        *,
+        on_moved: Callable[[], None],
+    ) -> bool:
         """From the hot cache's file, where there is one and it is right. True: the object is whole
-        again. Raises RemoteUnavailable.
+        again. `on_moved` is told of every piece that is uploaded. Raises RemoteUnavailable.
         """
         name = blob.sha256.hex()
         copy = await self._copies.pin(name, expected_bytes=blob.bytes)
@@ -115,7 +121,8 @@ class BlobCheck:
                 return False
             failpoints.fp("verify.before_repair")
             await self._remote().put_blob(
-                blob.key, FileBody(path=path, bytes=blob.bytes, crc64=blob.crc64)
+                blob.key,
+                FileBody(path=path, bytes=blob.bytes, crc64=blob.crc64, on_moved=on_moved),
             )
         finally:
             copy.close()

@@ -95,7 +95,7 @@ class VerifyManifest:
         if outcome in _BAD:
             self._tell(context.job, blob, verdict)
             await parts.confirm_ownership()
-            if await parts.check.repair(blob, turn):
+            if await parts.check.repair(blob, turn, on_moved=context.touch):
                 outcome = "repaired"
         parts.events.debug("verification.checked", outcome=outcome, bytes=blob.bytes)
         return VerificationRecord(

@@ -10,6 +10,7 @@ Cancellation: the step that runs in the pool ends on its own; the change is whol
 Crash: leaves at most a temporary file; the next `open` removes those that no living process holds.
 """
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -78,7 +79,9 @@ class DirectoryRemoteStore:
 
     async def put_blob(self, key: str, body: Body) -> BlobInfo:
         target = self._path(key)
-        return await self._pool.run(self._put_blocking, key, target, body, os.replace)
+        return await self._pool.run(
+            self._put_blocking, key, target, body, os.replace, _told_from_thread(body)
+        )
 
     async def put_if_absent(self, key: str, body: BytesBody) -> BlobInfo | None:
         target = self._path(key)
@@ -155,7 +158,12 @@ class DirectoryRemoteStore:
                     remove_if_dead(left)
 
     def _put_blocking(
-        self, key: str, target: Path, body: Body, place: Callable[[Path, Path], None]
+        self,
+        key: str,
+        target: Path,
+        body: Body,
+        place: Callable[[Path, Path], None],
+        on_moved: Callable[[], object] = lambda: None,
     ) -> BlobInfo:
         """`place` moves the finished file to its name, under the lock; FileExistsError passes."""
         with (
@@ -163,7 +171,7 @@ class DirectoryRemoteStore:
             self._errors("put", key),
             self._temporary() as (temporary, fd),
         ):
-            checksum = fill_blocking(fd, source)
+            checksum = fill_blocking(fd, source, on_moved)
             if checksum != body.crc64:
                 raise UploadCorrupted("The body does not match its checksum.", key=key)
             os.fsync(fd)
@@ -347,6 +355,14 @@ def _unknown_from_here(key: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutcomeUnknown("The directory cannot be synced.", key=key) from error
+
+
+def _told_from_thread(body: Body) -> Callable[[], object]:
+    """The body's `on_moved`, for the thread that copies it."""
+    if isinstance(body, BytesBody):
+        return lambda: None
+    loop, on_moved = asyncio.get_running_loop(), body.on_moved
+    return lambda: loop.call_soon_threadsafe(on_moved)
 
 
 def _take_blocking(found: Iterator[BlobInfo]) -> list[BlobInfo]:

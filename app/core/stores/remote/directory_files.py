@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from app.core.base.errors import CorruptBlob
@@ -32,8 +32,8 @@ def opened_body(body: Body) -> Iterator[bytes | int]:
         os.close(fd)
 
 
-def fill_blocking(fd: int, source: bytes | int) -> int:
-    """Writes the body and returns the CRC of what was written."""
+def fill_blocking(fd: int, source: bytes | int, on_moved: Callable[[], object]) -> int:
+    """Writes the body and returns the CRC of what was written. `on_moved` is told of each piece."""
     if isinstance(source, bytes):
         _write_all(fd, memoryview(source))
         return crc64(source)
@@ -42,6 +42,7 @@ def fill_blocking(fd: int, source: bytes | int) -> int:
     while count := os.readv(source, [buffer]):
         checksum = crc64(buffer[:count], checksum)
         _write_all(fd, buffer[:count])
+        on_moved()
     return checksum
 
 

@@ -7,7 +7,7 @@ key, and `CorruptBlob` where bytes do not match their recorded checksum.
 """
 
 import abc
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -50,12 +50,18 @@ class BlobInfo(msgspec.Struct, frozen=True, kw_only=True):
     modified_at_us: int
 
 
+def _nobody_asks() -> None: ...
+
+
 class FileBody(msgspec.Struct, frozen=True, kw_only=True):
     """A file that holds exactly the object's bytes. Streamed with pread; never held in memory."""
 
     path: Path
     bytes: int
     crc64: int
+    on_moved: Callable[[], None] = _nobody_asks
+    """Told, on the event loop, whenever a piece has left: the upload lives, however long it takes.
+    Attempts that begin anew tell of the same bytes again; their number is bounded."""
 
 
 class BytesBody(msgspec.Struct, frozen=True, kw_only=True):

@@ -150,7 +150,9 @@ class S3RemoteStore:
     def _stream(self, body: Body, fd: int, progress: Callable[[], None]) -> FileStream | bytes:
         if isinstance(body, BytesBody):
             return body.data
-        return FileStream(fd, first=0, length=body.bytes, pool=self._pool, progress=progress)
+        return FileStream(
+            fd, first=0, length=body.bytes, pool=self._pool, progress=(progress, body.on_moved)
+        )
 
     async def _confirmed_by_head(self, key: str, body: Body) -> BlobInfo:
         """For endpoints whose PUT answers name no checksum."""

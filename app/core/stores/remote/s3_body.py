@@ -5,7 +5,7 @@ is read on the event loop (RWF_NOWAIT cannot wait for the disk), any other in th
 """
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -25,9 +25,11 @@ class FileStream:
         first: int,
         length: int,
         pool: BlockingPool,
-        progress: Callable[[], None],
+        progress: Sequence[Callable[[], None]],
     ) -> None:
-        """`progress` is called as each piece is asked for: the transport took the one before."""
+        """Those of `progress` are called as each piece is asked for: the transport took the one
+        before.
+        """
         self._fd = fd
         self._first = first
         self._length = length
@@ -64,11 +66,15 @@ class FileStream:
     async def __aiter__(self) -> AsyncIterator[memoryview | bytes]:
         offset, end = self._first, self._first + self._length
         while offset < end:
-            self._progress()
+            self._tell()
             piece = await self._piece(min(PIECE_BYTES, end - offset), offset)
             offset += len(piece)
             yield piece
-        self._progress()
+        self._tell()
+
+    def _tell(self) -> None:
+        for told in self._progress:
+            told()
 
     async def _piece(self, size: int, offset: int) -> memoryview | bytes:
         try:

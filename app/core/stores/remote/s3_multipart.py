@@ -126,7 +126,7 @@ class MultipartUpload:
                         first=part.first,
                         length=part.bytes,
                         pool=self._pool,
-                        progress=progress,
+                        progress=(progress, self._body.on_moved),
                     )
                     answer = await self._client.upload_part(
                         **upload,

@@ -81,18 +81,18 @@ async def test_what_is_wrong_is_said_and_mended_from_a_right_copy(
     if stored is not None:
         remote.objects["blob"] = stored
     assert (await check.check(BLOB, Turns())).outcome == outcome
-    assert not await check.repair(BLOB, Turns())  # there is no copy
+    assert not await check.repair(BLOB, Turns(), on_moved=lambda: None)  # there is no copy
     staged = tmp_path / "staged"
     staged.write_bytes(DATA)
     name = BLOB.sha256.hex()
     assert await cache.admit_link(staged, sha256=name, size_bytes=len(DATA))
     cache.path_of(name).write_bytes(ROTTEN)
-    assert not await check.repair(BLOB, Turns())  # a wrong copy is none
+    assert not await check.repair(BLOB, Turns(), on_moved=lambda: None)  # a wrong copy is none
     assert name not in cache
     staged.unlink()
     staged.write_bytes(DATA)
     assert await cache.admit_link(staged, sha256=name, size_bytes=len(DATA))
-    assert await check.repair(BLOB, Turns())
+    assert await check.repair(BLOB, Turns(), on_moved=lambda: None)
     assert remote.objects["blob"] == DATA
     assert cache.stats().pinned == 0
 
