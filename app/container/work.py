@@ -50,6 +50,7 @@ async def open_work(
         events=events,
         feed=JobFeed(),
         depth_max=settings.job_queue_depth_max,
+        retry_wait_seconds_max=settings.job_backoff_cap_seconds,
         background_max=max(1, settings.job_concurrency // 2),
     )
     await queue.load()

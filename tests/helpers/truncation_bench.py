@@ -85,7 +85,14 @@ class TruncationBench:
         self.manifest, self.clock = manifest, clock
         self.manifest.set_epoch(Ownership.epoch)
         self.log, self.remote = FakeLog(), MemoryRemote()
-        self.queue = JobQueue(manifest, clock=clock, events=Events(), feed=JobFeed(), depth_max=100)
+        self.queue = JobQueue(
+            manifest,
+            clock=clock,
+            events=Events(),
+            feed=JobFeed(),
+            depth_max=100,
+            retry_wait_seconds_max=60,
+        )
         wal = SimpleNamespace(log=lambda db_id: self.log)
         quota = StorageQuota(
             global_limit_bytes=1 << 30, drain_limit_bytes=1 << 20, clock=clock, events=Events()

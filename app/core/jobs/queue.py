@@ -56,10 +56,11 @@ class JobQueue:
         events: Events,
         feed: JobFeed,
         depth_max: int,
+        retry_wait_seconds_max: float,
         background_max: int = 1,
     ) -> None:
-        """`background_max` jobs that change no database run at once: those that do, and so free
-        WAL, always find a place.
+        """No pause between attempts is longer than `retry_wait_seconds_max`. `background_max` jobs
+        that change no database run at once: those that do, and so free WAL, always find a place.
         """
         self._manifest = manifest
         self._clock = clock
@@ -70,7 +71,7 @@ class JobQueue:
         self._pending: OrderedDict[str, dict[str, JobRecord]] = OrderedDict()  # tenant → jobs
         self._claimed: dict[str, JobRecord] = {}
         self._slots = DatabaseSlots()
-        self._times = JobTimes(clock)
+        self._times = JobTimes(clock, wait_seconds_max=retry_wait_seconds_max)
         self._aside: set[str] = set()
         self._enqueueing: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
         self._entering: Counter[str] = Counter()  # tenant → jobs on their way into the manifest
@@ -196,6 +197,10 @@ class JobQueue:
     def age_seconds(self, job: JobRecord) -> float:
         """Since an unfinished job was accepted, restarts included."""
         return self._times.age_seconds(job)
+
+    def wait_seconds(self, job: JobRecord) -> float:
+        """The rest of the pause before a pending job's next attempt."""
+        return self._times.wait_seconds(job)
 
     def next_eligible_at(self) -> float | None:
         """When the earliest job that only waits for its time may be claimed, by the monotonic

@@ -112,8 +112,8 @@ class Explaining:
                 for other in running
                 if other.db_id == job.db_id and other.kind in MUTATING_KINDS
             ]
-        if job.not_before_us > wall_us(self._clock):
-            found.append(self._backoff(job))
+        if wait_seconds := self._queue.wait_seconds(job):
+            found.append(self._backoff(job, wait_seconds))
             if job.error is not None and job.error.code == "quota_exhausted":
                 found.append(self._quota_use(job))
         elif len(running) >= self._job_concurrency:
@@ -158,12 +158,12 @@ class Explaining:
                 )
         return found
 
-    def _backoff(self, job: JobRecord) -> WaitReason:
+    def _backoff(self, job: JobRecord, wait_seconds: float) -> WaitReason:
         why = "" if job.error is None else f" after {job.error.code}: {job.error.detail}"
         return WaitReason(
             kind="backoff",
             detail=f"Attempt {job.attempts} failed{why}",
-            until_us=job.not_before_us,
+            until_us=wall_us(self._clock) + round(wait_seconds * 1e6),
         )
 
     def _quota_use(self, job: JobRecord) -> WaitReason:

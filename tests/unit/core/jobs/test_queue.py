@@ -19,6 +19,7 @@ from migrations.runner import load_steps
 from tests.helpers.fake_clock import FakeClock
 
 CLOCK, RANDOMNESS = SystemClock(), SeededRandomness(1)
+WAIT_MAX = 3600
 
 
 def job(db_id: int, *, tenant: str = "acme", kind="create_checkpoint") -> JobRecord:
@@ -40,7 +41,12 @@ async def opened(tmp_path, *, depth_max: int = 100, clock: Clock = CLOCK):
     )  # fmt: skip
     try:
         queue = JobQueue(
-            manifest, clock=clock, events=Events(), feed=JobFeed(), depth_max=depth_max
+            manifest,
+            clock=clock,
+            events=Events(),
+            feed=JobFeed(),
+            depth_max=depth_max,
+            retry_wait_seconds_max=WAIT_MAX,
         )
         await queue.load()
         yield queue
@@ -226,6 +232,30 @@ async def test_waits_and_ages_are_not_the_wall_clocks(tmp_path, seconds):
         again = await queue.claim()
         assert again is not None
         assert queue.age_seconds(again) == 60
+
+
+@pytest.mark.parametrize(("seconds", "left"), [(-86_400, WAIT_MAX), (-10, 70), (0, 60), (50, 10)])
+async def test_a_clock_set_back_over_a_restart_prolongs_no_pause_beyond_the_longest(
+    tmp_path, seconds, left
+):
+    clock = FakeClock()
+    async with opened(tmp_path, clock=clock) as queue:
+        added = msgspec.structs.replace(job(1), created_at_us=wall_us(clock))
+        await queue.enqueue(added, join=False)
+        claimed = await queue.claim()
+        later = wall_us(clock) + 60_000_000
+        waiting, _ = await queue.update(
+            claimed, reason="t", changes={"state": "pending", "not_before_us": later}
+        )
+        queue.give_back(waiting)
+    clock.jump_wall(seconds)
+    async with opened(tmp_path, clock=clock) as queue:
+        assert queue.wait_seconds(waiting) == left
+        clock.advance(left - 1)
+        assert await queue.claim() is None
+        clock.advance(1)
+        assert queue.wait_seconds(waiting) == 0
+        assert await queue.claim() is not None
 
 
 async def test_ages_go_on_over_a_restart_and_are_never_negative(tmp_path):

@@ -55,7 +55,14 @@ class Bench:
 
     def __init__(self, manifest: ManifestStore) -> None:
         self.manifest = manifest
-        self.queue = JobQueue(manifest, clock=CLOCK, events=Events(), feed=JobFeed(), depth_max=10)
+        self.queue = JobQueue(
+            manifest,
+            clock=CLOCK,
+            events=Events(),
+            feed=JobFeed(),
+            depth_max=10,
+            retry_wait_seconds_max=60,
+        )
 
     async def run(
         self, work, *, attempts_max: int = 3, stall_seconds: float = 60.0, **fields: Any

@@ -25,7 +25,14 @@ class Setting:
         self.quota = StorageQuota(
             global_limit_bytes=1000, drain_limit_bytes=0, clock=clock, events=Events()
         )
-        self.queue = JobQueue(manifest, clock=clock, events=Events(), feed=JobFeed(), depth_max=100)
+        self.queue = JobQueue(
+            manifest,
+            clock=clock,
+            events=Events(),
+            feed=JobFeed(),
+            depth_max=100,
+            retry_wait_seconds_max=60,
+        )
         self.prefix: str | None = None
         self.load = CALM
         self.explaining = Explaining(
@@ -95,6 +102,9 @@ async def test_backoff_says_until_when_and_after_what(setting):
     later = wall_us(setting.clock) + 5_000_000
     error = JobFailure(kind="exhausted", code="quota_exhausted", title="t", detail="used up")
     await setting.job("J1", not_before_us=later, attempts=2, error=error)
+    await setting.queue.load()
+    setting.clock.jump_wall(-3600)  # the pause goes by the other clock
+    later -= 3_600_000_000
     backoff, quota = setting.explaining.explain("J1").waits_for
     assert (backoff.kind, backoff.until_us) == ("backoff", later)
     assert "quota_exhausted: used up" in backoff.detail

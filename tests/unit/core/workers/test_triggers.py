@@ -36,7 +36,14 @@ class House:
         )
         demand = CheckpointDemand()
         self.rooms = WalRooms(quota, self.backlog, demand, clock=clock, events=events)
-        self.queue = JobQueue(manifest, clock=clock, events=events, feed=JobFeed(), depth_max=100)
+        self.queue = JobQueue(
+            manifest,
+            clock=clock,
+            events=events,
+            feed=JobFeed(),
+            depth_max=100,
+            retry_wait_seconds_max=60,
+        )
         self.triggers = CheckpointTriggers(
             manifest, self.queue,
             CheckpointRequests(
