@@ -19,6 +19,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from app.core.base import failpoints
+
 
 def _split(value: object) -> object:
     """`a, b` as the environment has it; a list as TOML has it."""
@@ -299,6 +301,8 @@ class Settings(BaseSettings):
 def unknown_variables() -> list[str]:
     """Environment variables that look like settings and are none: perhaps misspelt."""
     known = {f"BOP_{name.upper()}" for name in Settings.model_fields} | OF_THE_COMMANDS
+    if failpoints.armed():
+        known |= failpoints.VARIABLES
     given = os.environ  # noqa: TID251 - see TomlFile
     return sorted(
         name for name in given if name.upper().startswith("BOP_") and name.upper() not in known

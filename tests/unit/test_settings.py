@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from app.core.base import failpoints
 from app.settings import MIB, Settings, unknown_variables
 
 FIXED = {
@@ -159,3 +160,12 @@ def test_misspelt_variables_are_told(monkeypatch):
     monkeypatch.setenv("BOP_URL", "http://127.0.0.1:8600")
     assert "BOP_QUOTA_GLOBAL_BYTE" in unknown_variables()
     assert not {"bop_port", "BOP_URL"} & set(unknown_variables())
+
+
+def test_the_failpoints_variables_are_known_where_they_have_an_effect(monkeypatch):
+    monkeypatch.setenv("BOP_FAILPOINTS", "{}")
+    monkeypatch.setattr(failpoints, "fp", failpoints._nothing)
+    assert unknown_variables() == ["BOP_FAILPOINTS"]  # misplaced: nothing heeds it
+    monkeypatch.setattr(failpoints, "fp", lambda name: None)
+    monkeypatch.setenv("BOP_FAILPOINTS_TRACE", "/nowhere")
+    assert unknown_variables() == []

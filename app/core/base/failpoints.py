@@ -13,6 +13,8 @@ def _nothing(name: str) -> None:
 
 
 fp: Callable[[str], None] = _nothing
+VARIABLES = frozenset({"BOP_FAILPOINTS", "BOP_FAILPOINTS_TRACE"})
+"""What the test-only package reads."""
 
 
 def armed() -> bool:
