@@ -31,7 +31,6 @@ from app.core.formats.crc64 import crc64
 from app.core.formats.damage import Damage
 from app.core.formats.entry_scan import scan_record_entries
 from app.core.formats.frame_run import frames_of
-from app.core.formats.page_blob_file import PageBlobFile
 from app.core.formats.record_framing import (
     LengthPrefixedFramer,
     LineFramer,
@@ -63,6 +62,7 @@ from app.core.retention.snapshot_document import decode_snapshot
 from app.core.stores.manifest.errors import CorruptRow, FormatTooOld
 from app.core.stores.manifest.tables import CHUNKS, DATABASES, JOBS
 from app.core.stores.wal.verification import verify_segment_blocking
+from tests.helpers.page_blob_file import PageBlobFile
 from tests.helpers.sqlite_logs import real_log, reencoded, some_commits
 from tests.helpers.torture import sqlite_image
 from tests.unit.core.checkpoint import test_generation_document as documents

@@ -1,13 +1,12 @@
-"""A page blob that lies in a local file: read whole, or as the base of patches.
-
-Invariants: I10: every byte given out was checked. Concurrency: one thread at a time; `os.pread`.
+"""Page blobs as files, written and read whole: by the formats' own code, without all that the
+service does around it.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -20,11 +19,27 @@ from app.core.formats.container import (
 )
 from app.core.formats.damage import Damage
 from app.core.formats.page_blob import PageBlobDirectory, PageNos, Positions
-from app.core.formats.page_blob_writer import BasePages, PageBatch
+from app.core.formats.page_blob_writer import (
+    PageBatch,
+    PageBlobSpec,
+    PageBlobSummary,
+    PageBlobWriter,
+)
 from app.core.formats.page_codec import PAGE_DIGEST_BYTES, page_digests
 
 _PAGES_AT_ONCE_BYTES = 4 * 1024 * 1024
 _BLOCKS_AT_ONCE = 64
+
+
+class BasePages(Protocol):
+    """The base blob that patches are made against."""
+
+    @property
+    def sha256(self) -> bytes: ...
+
+    def read_blocking(self, page_nos: PageNos) -> dict[int, bytes]:
+        """Those of the pages that it holds. Raises Damage."""
+        ...
 
 
 class PageBlobFile:
@@ -146,3 +161,20 @@ class PageBlobFile:
                 raise Damage("file is cut off", offset=offset + len(data))
             data += more
         return data
+
+
+def write_pages_blocking(
+    target: Path,
+    spec: PageBlobSpec,
+    pages: Iterable[PageBatch],
+    *,
+    base: BasePages | None = None,
+    threads: int = 1,
+) -> PageBlobSummary:
+    """Writes `target`, replaced if it is there. Raises OSError, and Damage of the base."""
+    sha256 = None if base is None else base.sha256
+    with PageBlobWriter(target, spec, base_sha256=sha256, threads=threads) as writer:
+        for batch in pages:
+            held = None if base is None else base.read_blocking(batch.page_nos)
+            writer.add_blocking(batch, base_pages=held)
+        return writer.finish_blocking()

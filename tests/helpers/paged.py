@@ -16,7 +16,7 @@ from app.core.base.tasks import BlockingPool
 from app.core.formats.codecs import CodecName
 from app.core.formats.container import ContainerKind, LogIdentity
 from app.core.formats.frame_run import FrameFooter, pack_footer, pack_frame_header
-from app.core.formats.page_blob_writer import PageBatch, PageBlobSpec, write_pages_blocking
+from app.core.formats.page_blob_writer import PageBatch, PageBlobSpec
 from app.core.formats.segment import EngineCode, EntryType
 from app.core.reads.page_cache import PageCache
 from app.core.reads.page_store import PageStore
@@ -36,6 +36,7 @@ from app.core.stores.wal.segments import LogConfig
 from app.core.stores.wal.store import WalStore
 from migrations.runner import load_steps
 from tests.helpers.memory_remote import MemoryRemote
+from tests.helpers.page_blob_file import write_pages_blocking
 
 MIB = 1024 * 1024
 Pages = Mapping[int, bytes]

@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
+from app.core.formats.sqlite_wal import lock_byte_page
 from app.core.formats.sqlite_wal_scanner import ScanEnd
 
 Steps = Callable[[sqlite3.Connection], None]
@@ -110,3 +114,16 @@ def slow_scan(log: bytes, *, start: int = 32, must_continue: bool = False) -> tu
         sums = stored
     cut_off = (len(log) - start) % size != 0
     return (ScanEnd.TORN if broken or cut_off else ScanEnd.WHOLE), verified, committed
+
+
+def newest_pages(
+    page_nos: npt.NDArray[np.uint32], *, page_count: int, page_size: int
+) -> npt.NDArray[np.intp]:
+    """Index of the newest frame of each page, by page number, as of a commit that ends the frames.
+
+    Left out are pages above `page_count`, which VACUUM and auto_vacuum leave behind, and the
+    lock-byte page, which never holds data.
+    """
+    pages, from_end = np.unique(page_nos[::-1], return_index=True)
+    kept = (pages <= page_count) & (pages != lock_byte_page(page_size)) & (pages != 0)
+    return len(page_nos) - 1 - from_end[kept]

@@ -5,10 +5,10 @@ uploaded is hashed as it is written (I2). Crash: a half-written file is replaced
 attempt.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 from pyroaring import BitMap
@@ -59,17 +59,6 @@ class PageBatch:
 
     page_nos: PageNos
     data: memoryview
-
-
-class BasePages(Protocol):
-    """The base blob that patches are made against."""
-
-    @property
-    def sha256(self) -> bytes: ...
-
-    def read_blocking(self, page_nos: PageNos) -> dict[int, bytes]:
-        """Those of the pages that it holds. Raises Damage."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,20 +336,3 @@ def _shorter(page: bytes, base_page: bytes) -> bytes:
     """
     patch = make_patch(page, base_page)
     return patch if 2 * len(patch) < len(page) else page
-
-
-def write_pages_blocking(
-    target: Path,
-    spec: PageBlobSpec,
-    pages: Iterable[PageBatch],
-    *,
-    base: BasePages | None = None,
-    threads: int = 1,
-) -> PageBlobSummary:
-    """Writes `target`, replaced if it is there. Raises OSError, and Damage of the base."""
-    sha256 = None if base is None else base.sha256
-    with PageBlobWriter(target, spec, base_sha256=sha256, threads=threads) as writer:
-        for batch in pages:
-            held = None if base is None else base.read_blocking(batch.page_nos)
-            writer.add_blocking(batch, base_pages=held)
-        return writer.finish_blocking()

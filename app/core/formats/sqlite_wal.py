@@ -206,16 +206,3 @@ def committed_prefix(commit_sizes: Words) -> int:
     """The number of frames up to and with the last commit frame."""
     commits = np.flatnonzero(commit_sizes)
     return int(commits[-1]) + 1 if len(commits) else 0
-
-
-def newest_pages(page_nos: Words, *, page_count: int, page_size: int) -> Indices:
-    """Index of the newest frame of each page, by page number, as of a commit that ends the frames.
-
-    Left out are pages above `page_count`, which VACUUM and auto_vacuum leave behind, and the
-    lock-byte page, which never holds data.
-    """
-    last = len(page_nos) - 1
-    pages, from_end = np.unique(page_nos[::-1], return_index=True)
-    kept = (pages <= page_count) & (pages != lock_byte_page(page_size)) & (pages != 0)
-    newest: Indices = last - from_end[kept]
-    return newest

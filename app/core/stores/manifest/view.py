@@ -65,7 +65,6 @@ from app.core.stores.manifest.tables import (
     JOBS_PENDING,
     JOBS_UNFINISHED,
     LEASES,
-    LEASES_BY_JOB,
     REMEMBERED,
     SCHEMA,
     SEGMENTS,
@@ -84,7 +83,6 @@ from app.core.stores.manifest.tables import (
     cursor_key,
     cursor_prefix,
     generation_key,
-    job_lease_prefix,
     meta_key,
     name_key,
     number_key,
@@ -306,12 +304,6 @@ class ManifestView:
     def database_leases(self, db_id: int) -> list[LeaseRecord]:
         """By chunk; expired ones too, until they are reaped."""
         return self._all(LEASES, number_key(db_id))
-
-    def job_leases(self, job_id: str) -> list[LeaseRecord]:
-        prefix = job_lease_prefix(job_id)
-        with self._access as rows:
-            keys = [key[len(prefix) :] for key in rows.scan_keys(LEASES_BY_JOB, prefix)]
-            return [lease for key in keys if (lease := rows.get(LEASES, key)) is not None]
 
     def job(self, job_id: str) -> JobRecord | None:
         return self._get(JOBS, job_id.encode())

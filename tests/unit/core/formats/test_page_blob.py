@@ -22,14 +22,13 @@ from app.core.formats.container import (
 from app.core.formats.crc64 import crc64
 from app.core.formats.damage import Damage
 from app.core.formats.page_blob import PageBlobDirectory, page_blob_bytes_max
-from app.core.formats.page_blob_file import PageBlobFile
 from app.core.formats.page_blob_writer import (
     PageBatch,
     PageBlobSpec,
     PageBlobSummary,
-    write_pages_blocking,
 )
 from app.core.formats.page_codec import PAGE_BLOCK_BYTES, page_digest
+from tests.helpers.page_blob_file import PageBlobFile, write_pages_blocking
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 WHO = LogIdentity(db_id=7, chunk_id=3, generation=9)

@@ -17,7 +17,6 @@ from app.core.formats.sqlite_wal import (
     is_frame_boundary,
     linked,
     lock_byte_page,
-    newest_pages,
     parse_wal_header,
 )
 from tests.helpers.sqlite_logs import real_log, reencoded, slow_checksum, some_commits
@@ -121,18 +120,3 @@ def test_the_committed_prefix_ends_with_the_last_commit_frame():
     assert committed_prefix(np.array([], dtype=np.uint32)) == 0
     assert committed_prefix(np.array([0, 0], dtype=np.uint32)) == 0
     assert committed_prefix(np.array([0, 3, 0, 4, 0, 0], dtype=np.uint32)) == 4
-
-
-@given(
-    st.lists(
-        st.sampled_from([0, 1, 2, 3, 4, 5, 9, 262_144, 262_145, 262_146, 2**32 - 1]), max_size=40
-    ),
-    st.sampled_from([1, 4, 262_145, 2**32 - 1]),
-)
-def test_newest_pages_keeps_the_last_version_of_each_page_that_is_data(page_nos, page_count):
-    newest = {page: index for index, page in enumerate(page_nos)}
-    expected = [
-        newest[page] for page in sorted(newest) if 0 < page <= page_count and page != 262_145
-    ]
-    found = newest_pages(np.array(page_nos, dtype=np.uint32), page_count=page_count, page_size=4096)
-    assert found.tolist() == expected

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.core.formats.sqlite_wal import newest_pages, parse_wal_header
+from app.core.formats.sqlite_wal import parse_wal_header
 from app.core.formats.sqlite_wal_scanner import ScanEnd, WalScanner
 from tests.helpers.sqlite_logs import (
     commit_sizes,
     frame_offsets,
     log_of,
+    newest_pages,
     real_log,
     reencoded,
     slow_scan,

@@ -7,13 +7,13 @@ import pytest
 
 from app.core.base.errors import TransactionTooLarge
 from app.core.formats.frame_run import FrameFooter, frames_of, parse_footer
-from app.core.formats.sqlite_wal import WAL_HEADER_BYTES, newest_pages, parse_wal_header
+from app.core.formats.sqlite_wal import WAL_HEADER_BYTES, parse_wal_header
 from app.core.formats.sqlite_wal_ingestion import AcceptFrom
 from app.core.formats.sqlite_wal_scanner import ScanEnd
 from app.core.services.image_body import changed_pages, differing_blocking, plan_image
 from app.core.services.page_payloads import ENTRY_BYTES_TARGET, WINDOW_BYTES, payload_bytes
 from app.core.services.wal_body import frames_max, plan_frames, scan_blocking
-from tests.helpers.sqlite_logs import commit_sizes, frame_offsets, real_log
+from tests.helpers.sqlite_logs import commit_sizes, frame_offsets, newest_pages, real_log
 
 PAGE = 512
 FRAME = PAGE + 24

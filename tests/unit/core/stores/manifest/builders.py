@@ -13,9 +13,11 @@ from app.core.stores.manifest.records import (
     DatabaseRecord,
     GenerationRecord,
     JobRecord,
+    LeaseRecord,
     WalSegmentRecord,
 )
 from app.core.stores.manifest.store import ManifestStore
+from app.core.stores.manifest.view import ManifestView
 from migrations.runner import load_steps
 
 MIB = 1024 * 1024
@@ -137,6 +139,10 @@ def job(job_id: str = "J1", db_id: int = 1, **fields: Any) -> JobRecord:
 
 def retire(key: str, *, eligible_at_us: int = 5) -> ops.RetireBlob:
     return ops.RetireBlob(blob=blob(key), db_id=1, eligible_at_us=eligible_at_us, reason="test")
+
+
+def leases_of(view: ManifestView, job_id: str) -> list[LeaseRecord]:
+    return [held for held in view.leases() if held.job_id == job_id]
 
 
 def lease(job_id: str = "J1", chunk_id: int = 0, ttl_seconds: float = 60.0) -> ops.AcquireLease:

@@ -24,6 +24,7 @@ from tests.unit.core.stores.manifest.builders import (
     create_database,
     job,
     lease,
+    leases_of,
     open_store,
     publish,
     retire,
@@ -157,8 +158,8 @@ async def test_lease_conflict_names_the_holder(store: ManifestStore, clock: Fake
     await store.commit(batch(lease("J2")))
     with store.read() as view:
         assert view.lease(1, 0).job_id == "J2"
-        assert view.job_leases("J1") == []
-        assert [held.chunk_id for held in view.job_leases("J2")] == [0]
+        assert leases_of(view, "J1") == []
+        assert [held.chunk_id for held in leases_of(view, "J2")] == [0]
 
 
 async def test_a_batch_may_hand_a_lease_over(store: ManifestStore) -> None:
@@ -176,8 +177,8 @@ async def test_renewing(store: ManifestStore, clock: FakeClock) -> None:
     clock.wall_seconds += 59.0
     assert (await store.commit(batch(renew))).results == (2,)
     with store.read() as view:
-        assert {held.expires_at_monotonic for held in view.job_leases("J1")} == {1119.0}
-        assert {held.expires_at_us for held in view.job_leases("J1")} == {
+        assert {held.expires_at_monotonic for held in leases_of(view, "J1")} == {1119.0}
+        assert {held.expires_at_us for held in leases_of(view, "J1")} == {
             clock.wall_ns() // 1000 + 60 * S
         }
     clock.monotonic_seconds += 60.0

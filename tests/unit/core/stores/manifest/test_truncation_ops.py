@@ -8,6 +8,7 @@ from tests.unit.core.stores.manifest.builders import (
     batch,
     create_database,
     lease,
+    leases_of,
     open_store,
     segment,
 )
@@ -93,7 +94,7 @@ async def test_reaping_takes_the_expired_and_leaves_the_live(store, clock):
     assert [(one.job_id, one.chunk_id) for one in reaped] == [("J1", 0)]
     with store.read() as view:
         assert [one.job_id for one in view.leases()] == ["J2"]
-        assert view.job_leases("J1") == []
+        assert leases_of(view, "J1") == []
 
 
 async def test_reaping_takes_those_of_dead_processes(tmp_path):
