@@ -5,10 +5,12 @@ Memory: one block, or the largest entry that a header announces and the file has
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from app.core.formats.damage import Damage
+from app.core.formats.entry_search import possible_entries
 from app.core.formats.segment import (
     ENTRY_HEADER_BYTES,
-    ENTRY_MAGIC,
     SEGMENT_HEADER_BYTES,
     TRAILER_BYTES,
     EntryHeader,
@@ -25,8 +27,11 @@ from app.core.stores.wal.disk import Disk
 
 BLOCK_BYTES = 1024 * 1024
 CLAIM_WORK_FACTOR = 64
-"""Hostile payloads may look like headers of large entries: this many times the file is read in
-their honour, then the search gives up, on the safe side."""
+CLAIM_WORK_BYTES_MAX = 4 * 1024 * 1024 * 1024
+CLAIM_CHECK_BYTES = 32 * 1024
+"""Hostile payloads may look like headers of entries, large ones or many: this many times the file,
+and no more than that, is read in their honour, then the search gives up, on the safe side. Each
+look costs about as much as so many bytes."""
 
 
 class SegmentReader:
@@ -99,30 +104,24 @@ class SegmentReader:
         """True if an intact entry from `start` on, wherever it lies, says that `lsn` was durable
         when it was written.
         """
-        work_bytes = CLAIM_WORK_FACTOR * max(self.size, BLOCK_BYTES)
+        work_bytes = min(CLAIM_WORK_FACTOR * max(self.size, BLOCK_BYTES), CLAIM_WORK_BYTES_MAX)
         block_start = start
         while block_start < self.size:
             length = min(BLOCK_BYTES, self.size - block_start)
             data = self._disk.read(self._fd, length + ENTRY_HEADER_BYTES, block_start)
-            place = data.find(ENTRY_MAGIC)
-            while 0 <= place < length:
-                cost = self._claim_cost(data, place, lsn)
-                if cost:
-                    work_bytes -= cost
-                    if work_bytes < 0 or self._is_intact(block_start + place):
-                        return True
-                place = data.find(ENTRY_MAGIC, place + 1)
+            places, heads = possible_entries(data, stop=length)
+            durable_lsns, ends = heads["durable_lsn"], places + heads["payload_bytes"]
+            claims = (
+                (durable_lsns >= np.uint64(lsn))
+                & (durable_lsns < heads["first_lsn"])
+                & (block_start + ends + ENTRY_HEADER_BYTES <= self.size)
+            )
+            for place, end in zip(places[claims].tolist(), ends[claims].tolist(), strict=True):
+                work_bytes -= end - place + CLAIM_CHECK_BYTES
+                if work_bytes < 0 or self._is_intact(block_start + place):
+                    return True
             block_start += length
         return False
-
-    def _claim_cost(self, data: bytes, place: int, lsn: int) -> int:
-        """Bytes to read before believing what looks like a claim; 0 if it is none."""
-        try:
-            header, _ = parse_entry_header(data, offset=place)
-        except Damage:
-            return 0
-        claims = lsn <= header.durable_lsn < header.first_lsn
-        return header.entry_bytes if claims and header.entry_bytes <= self.size else 0
 
     def _is_intact(self, offset: int) -> bool:
         try:

@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +74,38 @@ def test_hostile_claims_cost_a_bounded_amount_of_reading(
     disk = FaultyDisk()
     assert claims(file, 1, disk=disk)
     assert disk.calls.count("read") < 300
+
+
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "first bytes of heads": (ENTRY_MAGIC, "ok"),
+    "halves of heads": (entry(9, durable_lsn=8)[:8], "ok"),
+    "heads that claim nothing": (entry(9, b"x" * 4096, durable_lsn=0)[:80], "ok"),
+    "heads that claim much": (entry(9, b"x" * 400_000, durable_lsn=8)[:80], "corrupt_wal"),
+    "heads that claim little": (entry(9, b"x" * 80, durable_lsn=8)[:80], "corrupt_wal"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_a_tail_full_of_what_looks_like_heads_costs_a_bounded_time(
+    tmp_path: Path, name: str
+) -> None:
+    """A torn entry whose payload a client made up. Where looking at all of it would take too long,
+    it counts as damage: nothing is cut.
+    """
+    unit, health = HOSTILE[name]
+    place = Place(root=tmp_path / "wal")
+    async with place.log() as log:
+        await append(log, b"one")
+    (path,) = place.files()
+    tail_bytes = 48 * 1024 * 1024
+    torn = entry(2, b"x" * (tail_bytes + 100), durable_lsn=1)[:84]
+    with path.open("ab") as file:
+        file.write(torn + unit * (tail_bytes // len(unit)))
+    begun = time.process_time()
+    async with place.log() as log:
+        assert time.process_time() - begun < 2.0
+        assert log.health == health
+        assert read_all(log) == {1: b"one"}
 
 
 @pytest.mark.parametrize("block_bytes", [1, 80, 150, 1 << 20])
