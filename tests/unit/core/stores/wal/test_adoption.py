@@ -27,16 +27,6 @@ from tests.unit.core.stores.wal.builders import (
 from tests.unit.core.stores.wal.disks import FaultyDisk
 
 
-@pytest.fixture
-def disk() -> FaultyDisk:
-    return FaultyDisk()
-
-
-@pytest.fixture
-def place(tmp_path: Path, disk: FaultyDisk) -> Place:
-    return Place(root=tmp_path / "wal", disk=disk)
-
-
 def contents(place: Place) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in place.files()}
 

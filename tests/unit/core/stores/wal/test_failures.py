@@ -20,16 +20,6 @@ from tests.unit.core.stores.wal.builders import (
 from tests.unit.core.stores.wal.disks import FaultyDisk
 
 
-@pytest.fixture
-def disk() -> FaultyDisk:
-    return FaultyDisk()
-
-
-@pytest.fixture
-def place(tmp_path: Path, disk: FaultyDisk) -> Place:
-    return Place(root=tmp_path / "wal", disk=disk)
-
-
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 async def test_a_full_disk_takes_nothing_of_the_group_and_no_lsn(
     place: Place, disk: FaultyDisk, code: int

@@ -36,11 +36,6 @@ from tests.unit.core.stores.wal.builders import (
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(root=tmp_path / "wal")
-
-
-@pytest.fixture
 async def log(place: Place) -> AsyncIterator[WalLog]:
     async with place.log() as log:
         yield log

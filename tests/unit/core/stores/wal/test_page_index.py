@@ -291,11 +291,6 @@ async def follow(place: Place, steps) -> None:
         await store.__aexit__(None, None, None)
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path / "wal")
-
-
 async def test_a_segment_whose_sealing_the_manifest_refuses_at_a_start_is_read_all_the_same(
     place: Place,
 ) -> None:

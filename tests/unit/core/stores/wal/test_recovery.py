@@ -35,11 +35,6 @@ HEADER = 64
 OPEN_ROW = CatalogSegment(segment_id=1, first_lsn=1, ceiling_lsn=1026, state="open", last_lsn=0)
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(root=tmp_path / "wal")
-
-
 def entry(
     first_lsn: int,
     *records: bytes,

@@ -77,11 +77,6 @@ class Counted:
 
 
 @pytest.fixture
-def disk() -> FaultyDisk:
-    return FaultyDisk()
-
-
-@pytest.fixture
 async def counted(tmp_path: Path, disk: FaultyDisk):
     place = Place(root=tmp_path / "wal", disk=disk)
     async with place.store() as store:
