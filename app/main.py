@@ -111,7 +111,7 @@ def create_app(
     the process must end. Raises StartRefused where the tokens file cannot be used.
     """
     events, clock = events or Events(), clock or SystemClock()
-    metrics = Metrics(databases_max=settings.metrics_databases_max)
+    metrics = Metrics(databases_max=settings.metrics_databases_max, clock=clock)
     events.subscribe(metrics.sink)
     desk = Desk(settings=settings, clock=clock, events=events, metrics=metrics)
     authenticator = _authenticator(settings, clock=clock, events=events)

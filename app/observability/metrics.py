@@ -10,8 +10,10 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
+from app.core.base.clock import Clock, SystemClock
 from app.core.base.events import Level, context_fields
 from app.observability.freshness import FreshnessCollector
+from app.observability.success_rate import SuccessRate
 
 TIERS = ("wal", "page_cache", "local", "remote")
 CHECKPOINT_OUTCOMES = ("published", "no_changes", "failed", "cancelled")
@@ -44,8 +46,9 @@ Fields = Mapping[str, object]
 class Metrics:
     """One registry: events come by `sink`, answers by `on_answer`, gauges by `watch`."""
 
-    def __init__(self, *, databases_max: int = 0) -> None:
+    def __init__(self, *, databases_max: int = 0, clock: Clock | None = None) -> None:
         """`databases_max` databases get series of their own."""
+        self._success_rate = SuccessRate(clock or SystemClock())
         self.registry = CollectorRegistry()
         self.freshness = FreshnessCollector(databases_max=databases_max)
         self.registry.register(self.freshness)
@@ -138,6 +141,11 @@ class Metrics:
         self.checkpoints_total = self._counter(
             "checkpoints_total", "Checkpoint jobs that ended.", ("outcome",), CHECKPOINT_OUTCOMES
         )
+        Gauge(
+            "checkpoint_success_rate",
+            "Of the checkpoints that ended within the last hour, those that did not fail.",
+            registry=self.registry,
+        ).set_function(self._success_rate.value)
         self.checkpoint_bytes_uploaded_total = self._counter(
             "checkpoint_bytes_uploaded_total", "Bytes that published checkpoints uploaded."
         )
@@ -350,6 +358,8 @@ class Metrics:
 
     def _ended(self, outcome: str) -> None:
         self.checkpoints_total.labels(outcome).inc()
+        if outcome != "cancelled":
+            self._success_rate.add(succeeded=outcome != "failed")
 
     def _on_checkpoint_published(self, fields: Fields) -> None:
         for size in _numbers(fields.get("chunk_bytes")):

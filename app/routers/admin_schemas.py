@@ -22,6 +22,17 @@ class ReasonBody(Body):
     reason: Reason
 
 
+class WhyBody(Body):
+    """May be left out: the audit log keeps why, if that is told."""
+
+    model_config = ConfigDict(json_schema_extra=example({"reason": "maintenance at 11:00"}))
+
+    reason: Reason | None = None
+
+
+NO_REASON = WhyBody()
+
+
 class ApprovalView(View):
     model_config = ConfigDict(
         json_schema_extra=example(

@@ -17,9 +17,11 @@ from app.core.base.errors import (
 from app.core.stores.manifest.admin_records import ApprovalRecord
 from app.routers.admin_schemas import (
     EXAMPLE_APPROVAL_ID,
+    NO_REASON,
     ApprovalPage,
     ApprovalView,
     ReasonBody,
+    WhyBody,
 )
 from app.routers.auth import needs, require_tenant
 from app.routers.deps import services_of
@@ -92,8 +94,11 @@ async def list_approvals(page: PageQuery, request: Request, response: Response) 
     responses=problems(ApprovalNotFound, LeaseNotFound, SelfApproval, DiskFull, ManifestFull),
 )
 @needs("admin")
-async def approve(approval_id: ApprovalPath, request: Request) -> ApprovalView:
+async def approve(
+    approval_id: ApprovalPath, request: Request, body: WhyBody = NO_REASON
+) -> ApprovalView:
     """Does what another principal asked for."""
+    del body
     principal = principal_of(request)
     approval = await services_of(request).approvals.approve(
         approval_id, principal=principal.name, sees=principal.sees
@@ -106,8 +111,11 @@ async def approve(approval_id: ApprovalPath, request: Request) -> ApprovalView:
     responses=problems(ApprovalNotFound, DiskFull, ManifestFull),
 )
 @needs("admin")
-async def reject(approval_id: ApprovalPath, request: Request) -> ApprovalView:
+async def reject(
+    approval_id: ApprovalPath, request: Request, body: WhyBody = NO_REASON
+) -> ApprovalView:
     """Ends it; nothing is done. Whoever asked takes it back so."""
+    del body
     principal = principal_of(request)
     approval = await services_of(request).approvals.reject(
         approval_id, principal=principal.name, sees=principal.sees

@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request, Response
 
 from app.core.base.errors import DiskFull, JobNotFound
 from app.core.services.wal_overview import LogOverview
+from app.routers.admin_schemas import NO_REASON, WhyBody
 from app.routers.auth import needs, require_unbound
 from app.routers.deps import services_of
 from app.routers.diagnosis_schemas import BackupView, ExplanationView, LogPage, LogView
@@ -50,10 +51,11 @@ async def list_logs(page: PageQuery, request: Request, response: Response) -> Lo
 
 @router.post("/admin/manifest/backup", responses=problems(DiskFull), tags=["admin"])
 @needs("admin")
-async def back_manifest_up(request: Request) -> BackupView:
+async def back_manifest_up(request: Request, body: WhyBody = NO_REASON) -> BackupView:
     """A compacted copy of the manifest under `backups/` of the data directory, made while the
     service goes on. The newest `BOP_MANIFEST_BACKUPS_COUNT` are kept.
     """
+    del body
     require_unbound(principal_of(request))
     return BackupView.of(await services_of(request).backups.make())
 

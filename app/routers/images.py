@@ -33,7 +33,7 @@ from app.routers.auth import needs
 from app.routers.databases import DATABASE_PATH
 from app.routers.deps import NAME_PARAMETERS, desk_of, names_of
 from app.routers.openapi import problems
-from app.routers.ranges import ByteRange, answer_to
+from app.routers.ranges import CONDITION_PARAMETERS, ByteRange, answer_to
 from app.routers.route import ScopedRoute
 from app.routers.selectors import (
     AT_PARAMETER,
@@ -67,15 +67,7 @@ _READ: dict[str, Any] = {
         GENERATION_PARAMETER,
         SNAPSHOT_PARAMETER,
         AT_PARAMETER,
-        *(
-            {"name": name, "in": "header", "description": text, "schema": {"type": "string"}}
-            for name, text in (
-                ("Range", "One range of bytes; several are answered with the whole."),
-                ("If-Range", "Honour `Range` only if this is the ETag."),
-                ("If-Match", "412 unless this is the ETag."),
-                ("If-None-Match", "304 if this is the ETag."),
-            )
-        ),
+        *CONDITION_PARAMETERS,
     ]
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {

@@ -73,8 +73,9 @@ async def cancel_job(
     request: Request,
     response: Response,
 ) -> JobView:
-    """Asks the job to end; one in flight does so at its next step. The scope `write` reaches
-    truncations only, which it can ask for too.
+    """Asks the job to end. One that never ran has ended in the answer; one in flight is
+    interrupted, and cleans up first. The scope `write` reaches truncations only, which it can
+    ask for too.
     """
     if visible_job(request, id, kinds=None).kind != "truncate_append_only":
         require_scope(principal_of(request), frozenset({"checkpoint"}))

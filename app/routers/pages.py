@@ -27,7 +27,7 @@ from app.routers.databases import DATABASE_PATH
 from app.routers.deps import NAME_PARAMETERS, desk_of, names_of, services_of
 from app.routers.openapi import problems
 from app.routers.prepared import PreparedResponse
-from app.routers.ranges import ByteRange, answer_to
+from app.routers.ranges import CONDITION_PARAMETERS, ByteRange, answer_to
 from app.routers.route import ScopedRoute
 from app.routers.selectors import (
     GENERATION_PARAMETER,
@@ -38,6 +38,8 @@ from app.routers.selectors import (
 
 router = APIRouter(route_class=ScopedRoute, tags=["pages"])
 PAGE_NO_MAX = 2**32 - 2
+"""SQLite's. What lies beyond it lies beyond every page count."""
+_NUMBER_MAX = 10**18
 _FIXED_HEADERS = ((b"cache-control", b"no-cache"), (b"accept-ranges", b"bytes"))
 _OCTETS_HEADER = (b"content-type", OCTETS.encode())
 
@@ -68,7 +70,11 @@ _PAGE: dict[str, Any] = {
         },
         GENERATION_PARAMETER,
         SNAPSHOT_PARAMETER,
+        *CONDITION_PARAMETERS,
     ]
+}
+_CONTENT = {
+    OCTETS: {"schema": {"type": "string", "format": "binary"}, "example": "SQLite format 3\x00…"}
 }
 
 
@@ -81,12 +87,12 @@ _PAGE: dict[str, Any] = {
         200: {
             "description": "The page's bytes.",
             "headers": _HEADERS,
-            "content": {
-                OCTETS: {
-                    "schema": {"type": "string", "format": "binary"},
-                    "example": "SQLite format 3\x00…",
-                }
-            },
+            "content": _CONTENT,
+        },
+        206: {
+            "description": "The range of it.",
+            "headers": {**_HEADERS, "Content-Range": {"schema": {"type": "string"}}},
+            "content": _CONTENT,
         },
         304: {"description": "The page is what `If-None-Match` names."},
         **problems(
@@ -109,9 +115,7 @@ async def read_page(request: Request) -> Response:
     is zeros.
     """
     tenant, database = names_of(request)
-    page_no = checked_number(
-        request.path_params["page_no"], name="page_no", maximum=PAGE_NO_MAX, place="path"
-    )
+    page_no = _page_no_of(request)
     selector = selector_of(request, takes_time=False)
     desk, pages = desk_of(request), services_of(request).pages
     started = desk.clock.monotonic()
@@ -139,3 +143,10 @@ async def read_page(request: Request) -> Response:
         return PreparedResponse(page.data[answer.first : answer.stop], headers, status_code=206)
     headers.append((b"content-length", b"%d" % len(page.data)))
     return PreparedResponse(b"" if request.method == "HEAD" else page.data, headers)
+
+
+def _page_no_of(request: Request) -> int:
+    """One beyond all there can be for a number beyond that. Raises InvalidRequest."""
+    text = request.path_params["page_no"]
+    page_no = checked_number(text, name="page_no", maximum=_NUMBER_MAX, place="path")
+    return min(page_no, PAGE_NO_MAX + 1)

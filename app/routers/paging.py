@@ -1,7 +1,12 @@
-"""Pages of lists: `?limit=`, an opaque `?cursor=`, `next_cursor` and the `Link` header."""
+"""Pages of lists: `?limit=`, an opaque `?cursor=`, `next_cursor` and the `Link` header.
+
+A cursor says which list gave it out: in another one its key would name a place that means nothing,
+and the answer would be a page that looks right.
+"""
 
 import base64
 import binascii
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -21,13 +26,14 @@ K = TypeVar("K")
 class Page:
     """What part of a list was asked for."""
 
-    def __init__(self, *, limit: int, cursor: str | None) -> None:
+    def __init__(self, *, limit: int, cursor: str | None, path: str) -> None:
         self.limit = limit
         self._cursor = cursor
+        self._path = path
 
     def after(self, kind: type[K]) -> K | None:
         """The key of the last item of the page before. Raises InvalidRequest."""
-        return None if self._cursor is None else decode_cursor(self._cursor, kind)
+        return None if self._cursor is None else decode_cursor(self._cursor, kind, path=self._path)
 
     def cut(
         self, found: Sequence[T], key: Callable[[T], Any], *, request: Request, response: Response
@@ -39,7 +45,7 @@ class Page:
         if len(found) <= self.limit:
             return found, None
         shown = found[: self.limit]
-        cursor = encode_cursor(key(shown[-1]))
+        cursor = encode_cursor(key(shown[-1]), path=self._path)
         url = request.url.include_query_params(cursor=cursor)
         target = f"{url.path}?{url.query}"
         response.headers["Link"] = f'<{target}>; rel="next"'
@@ -47,6 +53,7 @@ class Page:
 
 
 def page(
+    request: Request,
     limit: Annotated[
         int, Query(ge=1, le=LIMIT_MAX, description="How many items at most.")
     ] = LIMIT_DEFAULT,
@@ -55,7 +62,7 @@ def page(
         Query(max_length=512, description="The `next_cursor` of the page before; opaque."),
     ] = None,
 ) -> Page:
-    return Page(limit=limit, cursor=cursor)
+    return Page(limit=limit, cursor=cursor, path=request.url.path)
 
 
 PageQuery = Annotated[Page, Depends(page)]
@@ -81,20 +88,30 @@ def seen_only(
         after = key(found[-1])
 
 
-def encode_cursor(key: Any) -> str:
-    return base64.urlsafe_b64encode(msgspec.json.encode(key)).rstrip(b"=").decode()
+def encode_cursor(key: Any, *, path: str) -> str:
+    """`path` is the list's."""
+    raw = msgspec.json.encode((_mark(path), key))
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
-def decode_cursor(text: str, kind: type[K]) -> K:
+def decode_cursor(text: str, kind: type[K], *, path: str) -> K:
     """Raises InvalidRequest."""
     try:
         raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-        return _checked(msgspec.json.decode(raw, type=kind))
+        mark, key = msgspec.json.decode(raw, type=tuple[int, msgspec.Raw])
+        if mark != _mark(path):
+            raise ValueError("another list's")
+        return _checked(msgspec.json.decode(key, type=kind))
     except (binascii.Error, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise InvalidRequest(
             "The cursor is not one that this list gave out.",
             errors=[{"loc": ["query", "cursor"], "msg": "Not a cursor", "type": "cursor"}],
         ) from error
+
+
+def _mark(path: str) -> int:
+    """Tells lists apart; no secret."""
+    return zlib.crc32(path.encode())
 
 
 def _checked(key: K) -> K:

@@ -2,11 +2,22 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from starlette.requests import Request
 
 from app.core.base.errors import PreconditionFailed, RangeNotSatisfiable
+
+CONDITION_PARAMETERS: tuple[dict[str, Any], ...] = tuple(
+    {"name": name, "in": "header", "description": text, "schema": {"type": "string"}}
+    for name, text in (
+        ("Range", "One range of bytes; several are answered with the whole."),
+        ("If-Range", "Honour `Range` only if this is the ETag."),
+        ("If-Match", "412 unless this is the ETag."),
+        ("If-None-Match", "304 if this is the ETag."),
+    )
+)
+"""For the OpenAPI document."""
 
 _ONE_RANGE = re.compile(r"bytes[ \t]*=[ \t]*(?:([0-9]+)-([0-9]*)|-([0-9]+))[ \t]*", re.IGNORECASE)
 _TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'

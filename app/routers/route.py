@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.core.base.errors import BodyTooLarge, UnsupportedMediaType
+from app.core.base.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 from app.core.base.events import event_context
 from app.routers.auditing import SAFE_METHODS, audited
 from app.routers.auth import OPEN_PATHS, require_path_tenant, require_scope, scopes_of
@@ -28,6 +28,7 @@ from app.routers.openapi import common_problems, merged, problems
 from app.routers.schemas import Body
 
 JSON = "application/json"
+BODILESS_METHODS = SAFE_METHODS | {"DELETE"}
 Handle = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -42,8 +43,15 @@ class ScopedRoute(APIRoute):
             raise TypeError(f"{path} is not one of the open paths")
         self.scopes = scopes
         self.is_audited = "admin" in scopes and not SAFE_METHODS.issuperset(kwargs["methods"] or ())
+        self.refuses_body = not (
+            BODILESS_METHODS.issuperset(kwargs["methods"] or ())
+            or _takes_json(endpoint)
+            or "requestBody" in (kwargs.get("openapi_extra") or {})
+        )
         said = merged(kwargs.get("responses") or {}, common_problems(guarded=bool(scopes)))
-        if self.is_audited or _takes_json(endpoint):
+        if self.refuses_body:
+            said = merged(said, problems(BodyTooLarge))
+        if _takes_json(endpoint):
             said = merged(said, problems(BodyTooLarge, UnsupportedMediaType))
         kwargs["responses"] = said
         if scopes:
@@ -76,9 +84,10 @@ class ScopedRoute(APIRoute):
         if self.is_audited:
             handle = audited(handle, template=self.path)
         if self.body_field is not None:
-            handle = _of_json(_with_body(handle))
-        elif self.is_audited:
-            handle = _with_body(handle)  # the audit log reads one where the endpoint takes none
+            needed = self.body_field.field_info.is_required()
+            handle = _of_json(_with_body(handle), needed=needed)
+        elif self.refuses_body:
+            handle = _with_body(_without_fields(handle))
         if not self.scopes:
             return handle
         scopes, names_database = self.scopes, "{database}" in self.path
@@ -130,12 +139,33 @@ def _takes_json(endpoint: Callable[..., Any]) -> bool:
     )
 
 
-def _of_json(handle: Handle) -> Handle:
+def _of_json(handle: Handle, *, needed: bool) -> Handle:
+    """A body that may be left out, and is, has no media type to be wrong."""
+
     async def check_first(request: Request) -> Response:
+        exchange = exchange_of(request)
+        if not needed and not exchange.body_declared and not exchange.body_chunked:
+            return await handle(request)
         media_type = media_type_of(request.headers.get("content-type"))
         if media_type not in {"", JSON}:
             raise UnsupportedMediaType(
                 f"This takes {JSON}.", content_type=media_type, supported=[JSON]
+            )
+        return await handle(request)
+
+    return check_first
+
+
+def _without_fields(handle: Handle) -> Handle:
+    """The endpoint takes nothing; an empty object is nothing. What else it was meant to say must
+    not be taken for heard.
+    """
+
+    async def check_first(request: Request) -> Response:
+        if (await request.body()).strip() not in {b"", b"{}"}:
+            error = {"loc": ["body"], "msg": "Extra inputs are not permitted"}
+            raise InvalidRequest(
+                "This takes no body.", errors=[{**error, "type": "extra_forbidden"}]
             )
         return await handle(request)
 

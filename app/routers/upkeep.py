@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request
 
 from app.core.base.errors import Backpressure, DiskFull, ManifestFull, UnsupportedMediaType
+from app.routers.admin_schemas import NO_REASON, WhyBody
 from app.routers.auth import needs, require_unbound
 from app.routers.deps import services_of
 from app.routers.exchange import principal_of
@@ -25,18 +26,20 @@ async def show_queue(request: Request) -> QueueView:
 
 @router.post("/queue/drain", responses=problems(*_CHANGES))
 @needs("admin")
-async def drain_queue(request: Request) -> QueueView:
+async def drain_queue(request: Request, body: WhyBody = NO_REASON) -> QueueView:
     """Refuses new jobs with `queue_drained`, restarts included; those that are there go on to
     their end.
     """
+    del body
     require_unbound(principal_of(request))
     return QueueView.of(await services_of(request).upkeep.drain_queue())
 
 
 @router.post("/queue/resume", responses=problems(*_CHANGES))
 @needs("admin")
-async def resume_queue(request: Request) -> QueueView:
+async def resume_queue(request: Request, body: WhyBody = NO_REASON) -> QueueView:
     """Takes new jobs again."""
+    del body
     require_unbound(principal_of(request))
     return QueueView.of(await services_of(request).upkeep.resume_queue())
 

@@ -44,15 +44,11 @@ HOSTILE = (
     "9" * 40, "NaN", "'%20OR%201=1--", "%7b%7d",
 )  # fmt: skip
 
-FORGED_CURSORS = [
-    *map(
-        encode_cursor,
-        (2**70, -1, 2**64, 1.5, [2**70, 1], [1, -1], "x" * 350, "\0", None, {}),
-    ),
-    "%00",
-    "AAA",
-    "=",
-]
+FORGED_KEYS = (2**70, -1, 2**64, 1.5, [2**70, 1], [1, -1], "x" * 350, "\0", None, {})
+
+
+def forged_cursors(path: str) -> list[str]:
+    return [*(encode_cursor(key, path=path) for key in FORGED_KEYS), "%00", "AAA", "="]
 
 
 def small_image() -> bytes:
@@ -285,7 +281,8 @@ async def test_paths_that_lead_elsewhere(walk: Walk):
         for one in walk.operation(route).get("parameters", ()):
             if one["in"] == "query" and one["name"] != "wait":
                 joint = "&" if "?" in base else "?"
-                values = FORGED_CURSORS if one["name"] == "cursor" else HOSTILE[::2]
+                path = base.partition("?")[0]
+                values = forged_cursors(path) if one["name"] == "cursor" else HOSTILE[::2]
                 await asyncio.gather(
                     *(tried(route, f"{base}{joint}{one['name']}={value}") for value in values)
                 )

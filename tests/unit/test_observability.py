@@ -11,8 +11,10 @@ from app.core.services.freshness import DatabaseFreshness
 from app.observability.logging import log_sink, route_library_logs
 from app.observability.metrics import Metrics
 from app.routers.exchange import ResponseBroken
+from tests.helpers.fake_clock import FakeClock
 
 PLANNED = {
+    "checkpoint_success_rate",
     "checkpoint_duration_seconds",
     "checkpoint_queue_depth",
     "checkpoints_total",
@@ -151,6 +153,26 @@ def test_every_planned_metric_shows_before_anything_happened():
     assert 'checkpoints_total{outcome="published"} 0.0' in body.decode()
     assert 'page_fetch_latency_seconds_count{tier="remote"} 0.0' in body.decode()
     assert 'remote_requests_total{op="put_blob",outcome="ok"} 0.0' in body.decode()
+
+
+def test_the_success_rate_is_that_of_the_last_hour():
+    clock = FakeClock()
+    metrics = Metrics(clock=clock)
+    events = Events(metrics.sink)
+    assert sample(metrics, "checkpoint_success_rate") == 1.0
+    events.error("job.failed", kind="create_checkpoint")
+    clock.advance(30 * 60)
+    for _ in range(2):
+        events.info("checkpoint.published", kind="create_checkpoint")
+    events.info("checkpoint.unchanged", kind="create_checkpoint")
+    events.info("job.cancelled", kind="create_checkpoint")
+    events.error("job.failed", kind="verify_manifest")
+    assert sample(metrics, "checkpoint_success_rate") == 0.75
+    clock.advance(31 * 60)
+    assert sample(metrics, "checkpoint_success_rate") == 1.0
+    clock.advance(60 * 60)
+    events.error("job.failed", kind="create_checkpoint")
+    assert sample(metrics, "checkpoint_success_rate") == 0.0
 
 
 def test_events_become_metrics():

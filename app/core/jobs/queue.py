@@ -10,8 +10,9 @@ monotonic clock (`times.py`).
 """
 
 import asyncio
+import contextlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -19,9 +20,17 @@ import msgspec
 
 from app.core.base import failpoints
 from app.core.base.clock import Clock, wall_us
-from app.core.base.errors import Backpressure, JobAlreadyEnded, JobNotFound, QueueDrained
+from app.core.base.errors import (
+    Backpressure,
+    JobAlreadyEnded,
+    JobCancelled,
+    JobNotFound,
+    QueueDrained,
+)
 from app.core.base.events import Events, context_fields
+from app.core.base.tasks import uninterrupted
 from app.core.coordination.quota_levels import FreedRate
+from app.core.jobs.endings import CANCELLED, failure_of
 from app.core.jobs.feed import JobFeed
 from app.core.jobs.slots import WAITING_KINDS, DatabaseSlots
 from app.core.jobs.times import JobTimes
@@ -70,6 +79,7 @@ class JobQueue:
         self._background_max = background_max
         self._pending: OrderedDict[str, dict[str, JobRecord]] = OrderedDict()  # tenant → jobs
         self._claimed: dict[str, JobRecord] = {}
+        self._interrupts: dict[str, Callable[[], None]] = {}
         self._slots = DatabaseSlots()
         self._times = JobTimes(clock, wait_seconds_max=retry_wait_seconds_max)
         self._aside: set[str] = set()
@@ -300,12 +310,15 @@ class JobQueue:
         )
 
     async def request_cancel(self, job_id: str, *, by: str | None = None) -> JobRecord:
-        """A pending job ends at its next turn, without its work; a job in flight is told. `by` is
-        the truncation that it is in the way of. Raises JobAlreadyEnded.
+        """A pending job that never ran has ended on return; one that left something ends at its
+        next turn, without its work; one in flight is interrupted. `by` is the truncation that it
+        is in the way of. Raises JobAlreadyEnded.
         """
         job = self._read(job_id)
         if job.state in ENDED_STATES:
             raise JobAlreadyEnded(f"The job is {job.state}.", state=job.state)
+        if job.run == 0 and job_id in self._pending.get(job.tenant, {}):
+            return await self._end_unclaimed(job)
         changes: dict[str, Any] = {"cancel_requested": True}
         if by is not None:
             changes["cancelled_by"] = by
@@ -322,9 +335,53 @@ class JobQueue:
         if job_id not in self._claimed:
             self._reload(job_id)
             self.wake()
+        elif (interrupt := self._interrupts.get(job_id)) is not None:
+            interrupt()
         self._events.info("job.cancel_requested", **job_fields(job))
         self._feed.notify(job_id)
         return self._read(job_id)
+
+    @contextlib.contextmanager
+    def interrupting(self, job_id: str, interrupt: Callable[[], None]) -> Iterator[None]:
+        """Meanwhile `interrupt` is called when someone asks for the claimed job's end."""
+        self._interrupts[job_id] = interrupt
+        try:
+            yield
+        finally:
+            del self._interrupts[job_id]
+
+    async def _end_unclaimed(self, job: JobRecord) -> JobRecord:
+        """Nothing of it is anywhere but in its row. Nobody claims it meanwhile, or joins it."""
+        cancelled = JobCancelled(CANCELLED)
+        self._remove_pending(job)
+        try:
+            await uninterrupted(
+                self._manifest.commit(
+                    ManifestBatch(
+                        ops=(
+                            UpdateJob(
+                                job_id=job.job_id,
+                                changes={
+                                    "state": "cancelled",
+                                    "cancel_requested": True,
+                                    "finished_at_us": wall_us(self._clock),
+                                    "error": failure_of(cancelled),
+                                },
+                            ),
+                        ),
+                        preconditions=(ExpectJobState(job_id=job.job_id, states=("pending",)),),
+                        reason="job.cancelled",
+                    )
+                )
+            )
+        finally:
+            self._reload(job.job_id)
+        self._left.add(1, now=self._clock.monotonic())
+        self._events.info(
+            "job.cancelled", code=cancelled.code, detail=str(cancelled), **job_fields(job)
+        )
+        self._feed.notify(job.job_id)
+        return self._read(job.job_id)
 
     def wake(self) -> None:
         self._wake.set()
@@ -387,11 +444,14 @@ class JobQueue:
         self._pending.setdefault(job.tenant, {})[job.job_id] = job
         self.wake()
 
-    def _take(self, job: JobRecord) -> None:
+    def _remove_pending(self, job: JobRecord) -> None:
         jobs = self._pending[job.tenant]
         del jobs[job.job_id]
         if not jobs:
             del self._pending[job.tenant]
+
+    def _take(self, job: JobRecord) -> None:
+        self._remove_pending(job)
         self._claimed[job.job_id] = job
         if job.kind in WAITING_KINDS:
             self._aside.add(job.job_id)

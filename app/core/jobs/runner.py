@@ -4,6 +4,7 @@ Invariants: I7, I13: whatever happens, the job's row says what is true and its h
 up. I15: once the publishing transaction is in, the job can only go on to completion.
 Concurrency: one runner per claimed job.
 Cancellation: a shutdown leaves the row in flight; the next start resumes it, no attempt used up.
+A request to cancel the job interrupts its handler at any `await`, unless it has published.
 Crash: the same.
 """
 
@@ -26,11 +27,12 @@ from app.core.base.errors import (
 )
 from app.core.base.events import Events, bound
 from app.core.base.tasks import uninterrupted
+from app.core.jobs.endings import CANCELLED, ended_reason, failure_of
 from app.core.jobs.queue import JobQueue, job_fields
 from app.core.stores.manifest.conditions import Precondition
 from app.core.stores.manifest.errors import BatchRefused, CancelRequested, RunSuperseded
 from app.core.stores.manifest.ops import Op, Receipt
-from app.core.stores.manifest.records import JobFailure, JobKind, JobRecord
+from app.core.stores.manifest.records import JobKind, JobRecord
 
 SETTLE_SECONDS = 1.0
 RETRYABLE = frozenset({ErrorKind.UNAVAILABLE, ErrorKind.EXHAUSTED, ErrorKind.BACKPRESSURE})
@@ -82,7 +84,7 @@ class JobContext:
             receipt = await uninterrupted(commit())
         except CancelRequested as refused:
             self.job = self._queue.as_cancelled(self.job)
-            raise JobCancelled("The job was cancelled on request.") from refused
+            raise JobCancelled(CANCELLED) from refused
         self._on_progress()
         return receipt
 
@@ -140,9 +142,7 @@ class JobRunner:
 
     async def _attempt(self, handler: JobHandler, context: JobContext) -> None:
         try:
-            if context.job.cancel_requested and context.job.published_generation is None:
-                raise JobCancelled("The job was cancelled on request.")
-            result = await self._bounded(handler, context)
+            result = await self._uncancelled(handler, context)
             await self._end(context, state="completed", changes={"result": dict(result)})
         except FatalError:
             raise
@@ -154,8 +154,27 @@ class JobRunner:
             self._events.error("job.crashed", error=repr(error), **job_fields(context.job))
             await self._fail(handler, context, InternalError("The job met an internal error."))
 
-    async def _bounded(self, handler: JobHandler, context: JobContext) -> Mapping[str, Any]:
-        """Runs the handler under its deadline and the stall detector."""
+    async def _uncancelled(self, handler: JobHandler, context: JobContext) -> Mapping[str, Any]:
+        """Raises JobCancelled as soon as that is asked for, what the handler waits for or not. One
+        that had published by then goes on to its end (I15).
+        """
+        interrupt = _Interrupt(context)
+        with self._queue.interrupting(context.job.job_id, interrupt):
+            context.job = self._queue.as_cancelled(context.job)
+            while context.job.published_generation is None:
+                if context.job.cancel_requested:
+                    raise JobCancelled(CANCELLED)
+                try:
+                    return await self._bounded(handler, context, interrupt)
+                except _Interrupted:
+                    interrupt.told = False
+                    context.job = self._queue.as_cancelled(context.job)
+            return await self._bounded(handler, context, interrupt)
+
+    async def _bounded(
+        self, handler: JobHandler, context: JobContext, interrupt: "_Interrupt"
+    ) -> Mapping[str, Any]:
+        """Runs the handler under its deadline and the stall detector. Raises _Interrupted."""
         loop = asyncio.get_running_loop()
         deadline = self._deadline(context.job)
         stall = self._policy.stall_seconds
@@ -165,23 +184,27 @@ class JobRunner:
             return min(soonest, deadline) if deadline is not None else soonest
 
         def extend() -> None:
-            if not timeout.expired():
+            if not timeout.expired() and not interrupt.told:
                 timeout.reschedule(loop.time() + limit() - self._clock.monotonic())
 
         timeout = asyncio.timeout(limit() - self._clock.monotonic())
         context._on_progress = extend  # noqa: SLF001 - set once its timeout exists
+        interrupt.timeout = timeout
         try:
             async with timeout:
                 return await handler.run(context)
         except TimeoutError as error:
             if not timeout.expired():
                 raise
+            if interrupt.told:
+                raise _Interrupted from error
             if deadline is not None and self._clock.monotonic() >= deadline:
                 raise _PastDeadline("The job ran past its deadline.") from error
             raise DeadlineExceeded(
                 f"Nothing moved for {stall:.0f} s; the attempt was given up."
             ) from error
         finally:
+            interrupt.timeout = None
             context._on_progress = lambda: None  # noqa: SLF001 - the timeout is over
 
     def _deadline(self, job: JobRecord) -> float | None:
@@ -300,25 +323,25 @@ class JobRunner:
             return
 
 
+class _Interrupt:
+    """Ends the handler's timeout at once. What has published is left alone."""
+
+    def __init__(self, context: JobContext) -> None:
+        self._context = context
+        self.timeout: asyncio.Timeout | None = None
+        self.told = False
+
+    def __call__(self) -> None:
+        if self._context.job.published_generation is not None:
+            return
+        self.told = True
+        if self.timeout is not None and not self.timeout.expired():
+            self.timeout.reschedule(asyncio.get_running_loop().time())
+
+
+class _Interrupted(Exception):
+    """Someone asked for the job's end."""
+
+
 class _PastDeadline(DeadlineExceeded):
     """The job's own deadline, not a stall: no further attempt."""
-
-
-def ended_reason(job: JobRecord, state: str) -> str:
-    """Heads the change record, if the end of the job leaves one."""
-    if state == "cancelled" and job.cancelled_by is not None:
-        return "checkpoint.cancelled_by_truncation"
-    return f"job.{state}"
-
-
-def failure_of(error: BopError) -> JobFailure:
-    plain = {name: value for name, value in error.fields.items() if _is_plain(value)}
-    return JobFailure(
-        kind=error.kind.value, code=error.code, title=error.title, detail=error.advice, fields=plain
-    )
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_plain(one) for one in value)
-    return isinstance(value, str | int | float | bool | None)

@@ -76,7 +76,7 @@ class Jobs:
             )
 
     async def cancel(self, job_id: str) -> JobRecord:
-        """Asks the job to end; one in flight does so at its next step. Raises JobNotFound,
+        """Asks the job to end; one that never ran has ended on return. Raises JobNotFound,
         JobAlreadyEnded.
         """
         return await self._queue.request_cancel(job_id)

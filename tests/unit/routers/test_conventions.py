@@ -100,6 +100,29 @@ async def test_json_needs_no_content_type_but_no_other_one(client):
     assert (answer.status_code, answer.json()["code"]) == (415, "unsupported_media_type")
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        f"{DATABASES}/events/acknowledge-loss", "/jobs/x/cancel", "/checkpoints/x/cancel",
+        "/admin/queue/drain", "/admin/queue/resume", "/admin/manifest/backup",
+        "/admin/approvals/x/approve", "/admin/approvals/x/reject", "/admin/gc/run",
+        "/admin/janitor/run",
+    ],
+)  # fmt: skip
+async def test_where_a_body_may_be_left_out_unknown_fields_are_refused_too(client, path):
+    refused = await client.post(path, json={"colour": 1})
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
+    assert {one["type"] for one in refused.json()["errors"]} == {"extra_forbidden"}
+    form = {"Content-Type": "application/x-www-form-urlencoded"}  # as `curl -d ''` has it
+    statuses = [
+        (await client.post(path)).status_code,
+        (await client.post(path, json={})).status_code,
+        (await client.post(path, content=b"", headers=form)).status_code,
+    ]
+    assert len(set(statuses)) == 1
+    assert statuses[0] not in {415, 422}
+
+
 async def test_an_unhandled_error_is_a_problem_without_its_inside(running: Running):
     running.service.failing["databases.create"] = RuntimeError("secret inside")
     answer = await running.client.put(f"{DATABASES}/x", json={"engine": "append_only"})
@@ -223,8 +246,14 @@ async def test_limits_of_lists(client, limit):
 
 
 @pytest.mark.parametrize(
-    "cursor", ["x", "!!", encode_cursor(5), encode_cursor(["a"]), encode_cursor(-1), "a" * 513]
-)
+    "cursor",
+    [
+        "x", "!!", "NQ", "eyJhIjoxfQ",
+        *(encode_cursor(key, path=DATABASES) for key in (5, ["a"], -1)),
+        encode_cursor("a", path="/tenants/other/databases"), encode_cursor("a", path="/jobs"),
+        "a" * 513,
+    ],
+)  # fmt: skip
 async def test_foreign_cursors_are_refused(client, cursor):
     answer = await client.get(DATABASES, params={"cursor": cursor})
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
@@ -232,9 +261,11 @@ async def test_foreign_cursors_are_refused(client, cursor):
 
 @given(st.one_of(st.text(), st.integers(0, 2**63 - 1)))
 def test_cursors_come_back(key):
-    cursor = encode_cursor(key)
+    cursor = encode_cursor(key, path="/list")
     assert re.fullmatch("[A-Za-z0-9_-]*", cursor)
-    assert decode_cursor(cursor, type(key)) == key
+    assert decode_cursor(cursor, type(key), path="/list") == key
+    with pytest.raises(InvalidRequest):
+        decode_cursor(cursor, type(key), path="/other")
 
 
 @pytest.mark.parametrize(
@@ -281,6 +312,6 @@ async def test_not_ready_before_the_service_is_open(running: Running):
 @pytest.mark.parametrize("key", [-1, 2**63, 2**70])
 def test_no_key_is_so_large_or_below_zero(key):
     with pytest.raises(InvalidRequest):
-        decode_cursor(encode_cursor(key), int)
+        decode_cursor(encode_cursor(key, path=""), int, path="")
     with pytest.raises(InvalidRequest):
-        decode_cursor(encode_cursor([1, key]), tuple[int, int])
+        decode_cursor(encode_cursor([1, key], path=""), tuple[int, int], path="")

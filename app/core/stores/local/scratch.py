@@ -5,7 +5,8 @@ there, and a directory is removed whole or not at all, as its job sees it. I16: 
 fsyncs end the process. Names are ULIDs that were checked, never text from outside.
 Concurrency: all work is done in the pool; one job uses its directory at a time, and `remove` may
 meet itself (a job and the janitor).
-Cancellation: a call in the pool goes on to its end; every one may be repeated.
+Cancellation: a call in the pool goes on to its end, and `create` waits for it; every one may be
+repeated.
 Crash: directories stay and are found by `list`. A removal begins with a rename, so an interrupted
 one is never mistaken for a job's files.
 """
@@ -21,7 +22,7 @@ from app.core.base import failpoints
 from app.core.base.clock import Clock
 from app.core.base.errors import DiskFull, InvariantViolation
 from app.core.base.ids import is_ulid
-from app.core.base.tasks import BlockingPool
+from app.core.base.tasks import BlockingPool, uninterrupted
 from app.core.stores.local.disk import (
     disk_errors,
     free_bytes_blocking,
@@ -121,7 +122,8 @@ class ScratchStore:
         Raises DiskFull before anything is made if the disk has less than `room_bytes`.
         """
         path = self._path(job_id)
-        await self._pool.run(self._create_blocking, path, room_bytes)
+        # A caller that leaves meanwhile would remove what is made behind its back.
+        await uninterrupted(self._pool.run(self._create_blocking, path, room_bytes))
         return ScratchDir(path, pool=self._pool)
 
     async def remove(self, job_id: str) -> int:

@@ -7,7 +7,13 @@ import msgspec
 import pytest
 
 from app.core.base.clock import Clock, SeededRandomness, SystemClock, wall_us
-from app.core.base.errors import Backpressure, JobAlreadyEnded, JobNotFound, QueueDrained
+from app.core.base.errors import (
+    Backpressure,
+    JobAlreadyEnded,
+    JobNotFound,
+    ManifestBusy,
+    QueueDrained,
+)
 from app.core.base.events import Events
 from app.core.base.ids import new_ulid
 from app.core.jobs.feed import JobFeed
@@ -179,6 +185,39 @@ async def test_a_cancelled_job_in_flight_is_told_at_its_next_step(queue):
         await queue.request_cancel(claimed.job_id)
     with pytest.raises(JobNotFound):
         await queue.request_cancel(new_ulid(CLOCK, RANDOMNESS))
+
+
+async def test_a_job_that_never_ran_is_cancelled_at_once_whoever_is_in_its_way(queue):
+    in_the_way = await queue.enqueue(job(1), join=False)
+    claimed = await queue.claim()
+    assert claimed is not None
+    assert claimed.job_id == in_the_way.job_id
+    waiting = await queue.enqueue(job(1), join=True)
+    told = queue.feed.subscribe(waiting.job_id)
+    ended = await queue.request_cancel(waiting.job_id)
+    await asyncio.wait_for(told, 1)
+    assert (ended.state, ended.error.code) == ("cancelled", "cancelled")
+    assert ended.finished_at_us is not None
+    assert (queue.depth, queue.unfinished_ids()) == (0, {claimed.job_id})
+    with pytest.raises(JobAlreadyEnded):
+        await queue.request_cancel(waiting.job_id)
+    joined = await queue.enqueue(job(1), join=True)
+    assert joined.job_id != waiting.job_id
+
+
+async def test_a_job_whose_cancellation_is_refused_still_waits(queue, monkeypatch):
+    added = await queue.enqueue(job(1), join=False)
+
+    async def refused(batch):
+        raise ManifestBusy
+
+    with monkeypatch.context() as patched:
+        patched.setattr(queue._manifest, "commit", refused)
+        with pytest.raises(ManifestBusy):
+            await queue.request_cancel(added.job_id)
+    claimed = await queue.claim()
+    assert claimed is not None
+    assert (claimed.job_id, claimed.cancel_requested) == (added.job_id, False)
 
 
 async def test_a_restart_resumes_at_once_and_uses_up_no_attempt(tmp_path):

@@ -243,6 +243,76 @@ async def test_a_cancelled_job_cleans_up_and_ends(bench):
     assert handler.abandoned == 1
 
 
+async def test_a_job_that_waits_for_something_is_cancelled_where_it_waits(bench):
+    async def work(context: JobContext):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(bench.queue.request_cancel(context.job.job_id))
+            group.create_task(asyncio.Event().wait())  # a store that does not answer
+        raise AssertionError("it must not go on")
+
+    async with asyncio.timeout(10):
+        job, handler = await bench.run(work)
+    assert (job.state, job.error.code, handler.abandoned) == ("cancelled", "cancelled", 1)
+
+
+async def test_progress_does_not_outrun_a_cancellation(bench):
+    async def work(context: JobContext):
+        await bench.queue.request_cancel(context.job.job_id)
+        context.touch()
+        await asyncio.Event().wait()
+
+    async with asyncio.timeout(10):
+        job, _ = await bench.run(work)
+    assert job.state == "cancelled"
+
+
+async def test_what_has_published_is_not_interrupted(bench):
+    async def work(context: JobContext):
+        await context.update(reason="t", changes={"published_generation": 1})
+        await bench.queue.request_cancel(context.job.job_id)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return {"outcome": "published"}
+
+    job, handler = await bench.run(work)
+    assert (job.state, job.attempts, handler.abandoned) == ("completed", 1, 0)
+
+
+async def test_what_publishes_as_it_is_interrupted_goes_on_to_its_end(bench):
+    """Cancelled while the publishing commit is on its way: the row decides (I15)."""
+    runs: list[int | None] = []
+
+    async def work(context: JobContext):
+        runs.append(context.job.published_generation)
+        if context.job.published_generation is None:
+            loop = asyncio.get_running_loop()
+            loop.call_soon(bench.queue._interrupts[context.job.job_id])
+            await context.update(reason="t", changes={"published_generation": 1})
+            raise AssertionError("it must be interrupted")
+        context.touch()
+        return {"outcome": "published"}
+
+    job, handler = await bench.run(work)
+    assert (job.state, job.attempts, handler.abandoned) == ("completed", 1, 0)
+    assert runs == [None, 1]
+
+
+async def test_a_job_cancelled_between_its_claim_and_its_run_never_runs(bench):
+    async def work(context: JobContext):
+        raise AssertionError("it must not run")
+
+    claim = bench.queue.claim
+
+    async def claim_and_cancel():
+        claimed = await claim()
+        await bench.queue.request_cancel(claimed.job_id)
+        return claimed
+
+    bench.queue.claim = claim_and_cancel
+    job, _ = await bench.run(work)
+    assert job.state == "cancelled"
+
+
 async def test_a_job_cancelled_before_its_turn_never_runs(bench):
     async def work(context: JobContext):
         raise AssertionError("it must not run")

@@ -1,7 +1,9 @@
+import asyncio
 import errno
 import os
 import shutil
 import stat
+import threading
 
 import pytest
 
@@ -51,6 +53,30 @@ def test_a_process_out_of_means_is_no_failure_of_the_disk(tmp_path):
     for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         with pytest.raises(NotReady), disk.disk_errors(tmp_path):
             raise OSError(number, os.strerror(number))
+
+
+async def test_who_is_cancelled_while_it_creates_can_remove_it(store, root, monkeypatch):
+    """Otherwise the thread would make the directory behind the back of the removal."""
+    loop, entered, go = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    create_blocking = store._create_blocking
+
+    def held(*arguments):
+        loop.call_soon_threadsafe(entered.set)
+        assert go.wait(5)
+        create_blocking(*arguments)
+
+    monkeypatch.setattr(store, "_create_blocking", held)
+    creating = asyncio.ensure_future(store.create(A))
+    await entered.wait()
+    creating.cancel()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await creating
+    await store.remove(A)
+    await asyncio.to_thread(lambda: None)
+    assert not list(root.glob("*"))
 
 
 async def test_create_takes_up_an_existing_directory_and_remove_is_idempotent(store, root):
