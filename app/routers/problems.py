@@ -71,14 +71,14 @@ def problem_members(
     return {**fixed, **{name: value for name, value in extras.items() if name not in fixed}}
 
 
-def failure_members(failure: JobFailure) -> dict[str, Any]:
-    """A failed job's error as a problem."""
+def failure_members(failure: JobFailure, *, request_id: str) -> dict[str, Any]:
+    """A failed job's error as a problem, of the request that asked for the job."""
     return problem_members(
         code=failure.code,
         title=failure.title,
         status=int(STATUS[ErrorKind(failure.kind)]),
         detail=failure.detail,
-        extras=failure.fields,
+        extras={"request_id": request_id or None, **failure.fields},
     )
 
 

@@ -405,7 +405,9 @@ class JobView(View):
     started_at: str | None
     finished_at: str | None
     error: dict[str, Any] | None
-    """A problem, as in RFC 9457."""
+    """A problem, as in RFC 9457; `request_id` is that of the request that asked for the job, null
+    where the service did.
+    """
     result: dict[str, Any] | None
 
     @classmethod
@@ -423,7 +425,11 @@ class JobView(View):
             created_at=rfc3339(job.created_at_us),
             started_at=_time(job.started_at_us),
             finished_at=_time(job.finished_at_us),
-            error=None if job.error is None else plain(failure_members(job.error)),
+            error=(
+                None
+                if job.error is None
+                else plain(failure_members(job.error, request_id=job.request_id))
+            ),
             result=plain(job.result),
         )
 

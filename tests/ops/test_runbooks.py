@@ -42,6 +42,8 @@ from tests.ops.conftest import (
 
 KIB = 1024
 HELD_UP = "directory.before_place"
+DISK_HANGS = "stage.before_create_scratch"
+"""What a job must wait for, cancelled or not."""
 """A step of an upload to the embedded store, off the event loop."""
 
 
@@ -51,7 +53,7 @@ def test_every_page_is_run():
 
 
 async def checkpoint_held_up(server: ServerProcess, gate: Gate) -> str:
-    """Its job's id, once its upload hangs."""
+    """Its job's id, once it hangs."""
     gate.close()
     job_id = await checkpoint_asked_for(server)
     await wait_until(lambda: gate.is_reached, describe=lambda: f"the gate\n{server.log_tail()}")
@@ -71,8 +73,8 @@ async def shown_job(server: ServerProcess, job_id: str) -> dict[str, Any]:
 async def test_stuck_checkpoint(
     make_server: MakeServer, gate: Gate, tokens: dict[str, str], on_call: OnCall
 ):
-    """Its upload hangs in a thread that cannot be cancelled; two people take its lease away."""
-    server = make_server(settings=tokens, failpoints={HELD_UP: {"action": gate.action}})
+    """The disk hangs, and a cancelled job waits for that; two people take its lease away."""
+    server = make_server(settings=tokens, failpoints={DISK_HANGS: {"action": gate.action}})
     await server.start()
     client = as_application(server)
     await create(client)
@@ -80,7 +82,7 @@ async def test_stuck_checkpoint(
     stuck = await checkpoint_held_up(server, gate)
     operator = on_call(server)
     told = await operator.next(JOB=stuck)
-    assert "in_flight (uploading)" in told
+    assert "in_flight (staging)" in told
     assert told.count(stuck) == 2  # among the jobs, and as the lease's holder
     assert "cancel" not in (await shown_job(server, stuck))["state"]
     await operator.next()

@@ -167,7 +167,12 @@ class JobQueue:
                     )
                 return joined
             self._check_depth(job.tenant)
-            job = msgspec.structs.replace(job, trace_id=str(context_fields().get("trace_id", "")))
+            asked = context_fields()
+            job = msgspec.structs.replace(
+                job,
+                trace_id=str(asked.get("trace_id", "")),
+                request_id=str(asked.get("request_id", "")),
+            )
             failpoints.fp("job.before_enqueue")
             ops = (EnqueueJob(job=job), *ops)
             if remember is not None:

@@ -161,7 +161,9 @@ async def test_a_failed_jobs_error_is_a_problem(client, service):
         detail="It did.",
         fields={"seconds": 5, "status": "not to hide the real one"},
     )
-    job = service.add_job(state="failed", error=failure, result={"digest": b"\x01"})
+    job = service.add_job(
+        state="failed", error=failure, result={"digest": b"\x01"}, request_id="asked-1"
+    )
     shown = (await client.get(f"/jobs/{job.job_id}")).json()
     assert shown["error"] == {
         "type": "urn:bop:problem:deadline_exceeded",
@@ -169,9 +171,12 @@ async def test_a_failed_jobs_error_is_a_problem(client, service):
         "status": 503,
         "detail": "It did.",
         "code": "deadline_exceeded",
+        "request_id": "asked-1",
         "seconds": 5,
     }
     assert shown["result"] == {"digest": "01"}
+    own = service.add_job(state="failed", error=failure)
+    assert (await client.get(f"/jobs/{own.job_id}")).json()["error"]["request_id"] is None
 
 
 async def test_waiting_for_a_job(client, service):

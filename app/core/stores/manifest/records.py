@@ -293,6 +293,8 @@ class JobRecord(Record, array_like=True, frozen=True, kw_only=True):
     """The trace of the request that asked for the job: its log lines belong to it."""
     replans: int = 0
     """Plans that went stale; each plan has keys of its own."""
+    request_id: str = ""
+    """Of the request that asked for the job; empty where the service did."""
 
 
 class IdempotencyRecord(Record, array_like=True, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from app.core.base.errors import (
     ManifestBusy,
     QueueDrained,
 )
-from app.core.base.events import Events
+from app.core.base.events import Events, bound
 from app.core.base.ids import new_ulid
 from app.core.jobs.feed import JobFeed
 from app.core.jobs.queue import JobQueue
@@ -78,6 +78,13 @@ async def test_one_mutating_job_per_database_at_a_time(queue):
     follower = await queue.claim()
     assert follower is not None
     assert follower.job_id == second.job_id
+
+
+async def test_a_job_keeps_which_request_asked_for_it(queue):
+    with bound(request_id="me", trace_id="4bf9"):
+        asked = await queue.enqueue(job(1), join=False)
+    own = await queue.enqueue(job(2), join=False)
+    assert [(one.request_id, one.trace_id) for one in (asked, own)] == [("me", "4bf9"), ("", "")]
 
 
 async def test_tenants_take_turns(queue):
