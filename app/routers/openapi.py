@@ -12,6 +12,7 @@ from app.core.base.errors import (
     BopError,
     Forbidden,
     InvalidRequest,
+    ManifestBusy,
     NotReady,
     Unauthenticated,
 )
@@ -36,7 +37,7 @@ _HEADERS_OF: dict[str, dict[str, Any]] = {
     "507": _RETRY_AFTER,
 }
 _EVERYWHERE: tuple[type[BopError], ...] = (InvalidRequest, BopError, NotReady)
-_GUARDED: tuple[type[BopError], ...] = (Unauthenticated, Forbidden)
+_GUARDED: tuple[type[BopError], ...] = (Unauthenticated, Forbidden, ManifestBusy)
 EXAMPLE_REQUEST_ID = "0f8fad5bd9cb469fa16570867728950e"
 
 

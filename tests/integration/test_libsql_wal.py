@@ -718,6 +718,34 @@ async def test_after_an_image_without_a_position_a_log_starts_anew(server: Serve
         await check_content(server, src.image(), page_size=4096)
 
 
+@pytest.mark.parametrize("when", ["at_the_log_s_place", "before_it"])
+async def test_after_an_image_without_a_position_the_same_log_may_be_sent_again(
+    server: ServerProcess, tmp_path, when
+):
+    """An application that never lets its log restart, and asserts what `after_lsn` says."""
+    await create(server.client)
+    with source(tmp_path / "src") as src:
+        src.grow(30)
+        image = src.image()
+        if when == "before_it":
+            src.grow(10)
+        await pushed(server.client, src.log())
+        stored = await put_image(server.client, image)
+        await check_content(server, image, page_size=4096)
+        if when != "before_it":
+            src.grow(10)
+            assert gap_of(await push(server.client, src.log()))["offset"] is None
+        log = src.log()
+        answer = await pushed(server.client, log, after_lsn=stored["lsn"])
+        assert (answer["first_lsn"], answer["accepted_offset"]) == (stored["lsn"] + 1, len(log))
+        await check_content(server, src.image(), page_size=4096)
+        again = await pushed(server.client, log, after_lsn=stored["lsn"])  # its answer was lost
+        assert again["frames"] == 0
+        src.grow(5)
+        await pushed(server.client, src.log()[len(log) :], offset=len(log))
+        await check_content(server, src.image(), page_size=4096)
+
+
 async def test_what_is_no_image_is_refused(server: ServerProcess, tmp_path):
     await create(server.client, page_size=512)
     with source(tmp_path / "src", page_size=512) as src:

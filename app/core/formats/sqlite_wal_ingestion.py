@@ -1,8 +1,9 @@
 """What to do with a WAL body, from what is stored and the body's first bytes. Pure decisions.
 
 Bytes that are stored already are recognised before anything else is asked, by the log's salts and
-the offset. What a log is known to continue is either the stored position of that very log, or, for
-a log from its start, the client's word (`after_lsn`) or an empty database.
+the offset; but for a log that is said to start from an image without a position. What a log is
+known to continue is either the stored position of that very log, or, for a log from its start, the
+client's word (`after_lsn`) or an empty database.
 """
 
 import struct
@@ -99,13 +100,17 @@ def _decide_from_start(state: IngestionState, request: WalRequest) -> Ingestion:
     log = parse_wal_header(request.head)
     if log.page_size != state.page_size:
         return PageSizeMismatch(stored=state.page_size, sent=log.page_size)
-    known = _recognise(state, request, log.salts)
-    if known is not None:
-        return known
     if state.last_lsn is None:
         starts_here = request.after_lsn in (None, 0)
     else:
         starts_here = request.after_lsn == state.last_lsn
+    # Behind an image without a position, what was stored of a log before it is no repetition: the
+    # client names the image's own LSN, and only the whole log makes its content whole whichever of
+    # the log's states the image was.
+    if not (starts_here and state.position is None):
+        known = _recognise(state, request, log.salts)
+        if known is not None:
+            return known
     if not starts_here:
         return wal_gap(state)
     return AcceptFrom(position=log, skip_bytes=WAL_HEADER_BYTES, must_continue=False)

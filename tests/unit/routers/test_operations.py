@@ -175,6 +175,20 @@ async def test_gauges_are_read_at_scrape_time(running: Running):
 # --- the document
 
 
+CODES_OF_THE_CONTRACT = """
+    malformed_records wal_invalid image_invalid unauthenticated forbidden self_approval
+    database_not_found job_not_found snapshot_not_found page_not_found lease_not_found
+    approval_not_found cursor_not_found not_found not_acceptable not_line_records
+    database_conflict wrong_engine feature_disabled wal_gap page_size_mismatch wal_lost
+    snapshot_pinned snapshot_exists no_generation job_already_ended queue_drained lsn_truncated
+    generation_expired cursor_expired lsn_mismatch precondition_failed record_too_large
+    body_too_large transaction_too_large unsupported_media_type range_not_satisfiable
+    invalid_request idempotency_key_reused lsn_out_of_range backpressure corrupt_blob corrupt_wal
+    internal not_ready remote_unavailable manifest_busy quota_exhausted disk_full manifest_full
+"""
+"""All but `method_not_allowed`, which no operation answers."""
+
+
 @pytest.fixture
 async def document(client):
     return (await client.get("/openapi.json")).json()
@@ -264,6 +278,18 @@ async def test_every_idempotency_key_is_explained(document):
                 content = operation["responses"]["422"]["content"]["application/problem+json"]
                 assert "idempotency_key_reused" in content["examples"], path
     assert with_keys == 7
+
+
+async def test_every_code_of_the_contract_is_documented_and_no_other(document):
+    shown = {
+        example["value"]["code"]
+        for _, _, operation in operations(document)
+        for response in operation["responses"].values()
+        for media in response.get("content", {}).values()
+        for example in media.get("examples", {}).values()
+        if "code" in example["value"]
+    }
+    assert shown == set(CODES_OF_THE_CONTRACT.split())
 
 
 async def test_problems_and_security_are_documented(document):

@@ -234,6 +234,21 @@ def test_more_of_a_replaced_log_is_a_gap(moved_on, stored, first, offset):
     assert decide(moved_on, first, stored.position.offset) == gap
 
 
+def test_behind_an_image_without_a_position_a_replaced_log_may_start_anew(stored, first):
+    """Where the client says so, of the image's own LSN; otherwise it is a repetition, or a gap."""
+    nowhere = IngestionState(page_size=PAGE, last_lsn=80, replaced_logs=(stored.position,))
+    gap = WalGap(last_lsn=80, position=None)
+    whole = AcceptFrom(position=parse_wal_header(first), skip_bytes=32, must_continue=False)
+    end = stored.position.offset
+    for length in (end, len(first)):
+        assert decide(nowhere, first, 0, length=length, after_lsn=80) == whole
+    for after_lsn in (None, 79, 81):
+        repeat = decide(nowhere, first, 0, length=end, after_lsn=after_lsn)
+        assert repeat == AlreadyStored(position=stored.position)
+        assert decide(nowhere, first, 0, length=end + FRAME, after_lsn=after_lsn) == gap
+    assert decide(nowhere, first, end, after_lsn=80) == gap
+
+
 # --- together with the scanner ----------------------------------------------------------------
 
 
