@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVarTuple
 
 from app.core.base.clock import Clock
 from app.core.base.errors import BodyTooLarge, DiskFull, InvalidRequest, UnsupportedMediaType
@@ -34,6 +34,8 @@ from app.core.formats.record_framing import (
     SingleRecordFramer,
 )
 from app.routers.exchange import ClientGone, Exchange
+
+Ts = TypeVarTuple("Ts")
 
 OCTETS = "application/octet-stream"
 LINES = "application/x-ndjson"
@@ -211,9 +213,13 @@ class Spool:
         """The write goes on, whether somebody waits for it or not, and what becomes of it is told
         to who does. Its result raises DiskFull.
         """
-        write = self._pool.begin(_write_blocking, file, piece)
-        write.add_done_callback(_seen)
-        return write
+        return self.begin(_write_blocking, file, piece)
+
+    def begin(self, function: Callable[[*Ts], None], *args: *Ts) -> asyncio.Future[None]:
+        """Runs in the threads that write bodies; as `begin_append` otherwise."""
+        step = self._pool.begin(function, *args)
+        step.add_done_callback(_seen)
+        return step
 
     async def frame(
         self, raw: SpoolFile, framed: SpoolFile, framer: RecordFramer

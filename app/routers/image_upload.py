@@ -28,6 +28,7 @@ from app.core.base.errors import (
     WrongEngine,
 )
 from app.core.formats.sqlite_image import IMAGE_HEADER_BYTES
+from app.core.services.image_draft import ImageDraft
 from app.core.services.pages_in import LogPlace
 from app.routers.auth import needs
 from app.routers.bodies import BodyReader
@@ -85,13 +86,23 @@ async def put_image(
     pages_in = desk.services.pages_in
     place = _place(offset, salt1, salt2, checksum1, checksum2)
     page_size = pages_in.check_writable(tenant, database)
-    reader = BodyReader(exchange_of(request), desk.image_limits, clock=desk.clock)
+    exchange = exchange_of(request)
+
+    async def draft(head: bytes) -> ImageDraft | None:
+        if exchange.body_declared is None:
+            return None
+        return await pages_in.draft_image(
+            tenant, database, head, size_bytes=exchange.body_declared, place=place
+        )
+
+    reader = BodyReader(exchange, desk.image_limits, clock=desk.clock)
     async with RawBody(
         reader,
         memory=desk.memory,
         spool=desk.spool,
         head_bytes=IMAGE_HEADER_BYTES,
         check_head=lambda head: pages_in.check_image_head(head, page_size=page_size),
+        draft=draft,
     ) as body:
         stored = await pages_in.put_image(tenant, database, await body.read(), place=place)
     return ImageStoredView.of(stored)

@@ -86,6 +86,17 @@ class RecordingDisk(SystemDisk):
         self.steps.append(Link(path.parent, path.name, self._count))
         return fd
 
+    def create_unnamed(self, directory: Path) -> int:
+        fd = super().create_unnamed(directory)
+        self._count += 1
+        self._inodes[fd] = self._count
+        return fd
+
+    def link(self, fd: int, path: Path) -> None:
+        super().link(fd, path)
+        self._by_path[path] = self._inodes[fd]
+        self.steps.append(Link(path.parent, path.name, self._inodes[fd]))
+
     def open(self, path: Path, *, writable: bool) -> int:
         fd = super().open(path, writable=writable)
         self._inodes[fd] = self._by_path[path]

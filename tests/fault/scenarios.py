@@ -3,6 +3,9 @@
 from tests.helpers.registry import failpoints_in
 
 ELSEWHERE: dict[str, str] = {
+    "wal.mid_link": (
+        "tests/integration/test_first_image.py::test_a_crash_leaves_all_of_it_or_nothing"
+    ),
     "coalesce.after_fetch": (
         "tests/integration/test_coalescing.py::test_kill_while_chunks_are_merged"
     ),

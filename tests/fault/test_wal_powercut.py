@@ -98,7 +98,7 @@ class Recording:
 
 
 async def record(root: Path, lie: str) -> Recording:
-    """Single appends, groups, spans, seals, removals, and groups that found no room."""
+    """Drafts, single appends, groups, spans, seals, removals, and groups that found no room."""
     disk = LyingDisk(lie)
     catalog = Catalog(on_commit=lambda catalog: disk.note(Rows(catalog.of())))
     place = Place(root=root / "wal", catalog=catalog, disk=disk)
@@ -121,6 +121,7 @@ async def record(root: Path, lie: str) -> Recording:
         disk.full = False
 
     async with place.log(chunk_bytes=CHUNK) as log:
+        await write_draft(recording, log)
         for turn in range(6):
             await write(log, b"%d alone" % turn * 3)
             if turn % 2:
@@ -140,9 +141,29 @@ async def record(root: Path, lie: str) -> Recording:
                 disk.note(Rows(catalog.of()))
                 disk.note(Removed(infos[-1].last_lsn))
                 await log.remove([info.segment_id for info in infos])
+                if turn == 3:
+                    await write_draft(recording, log)
         await write(log, b"x" * 1000, b"y" * 1000, b"z" * 1000)
         await settled(log)
     return recording
+
+
+async def write_draft(recording: Recording, log: WalLog) -> None:
+    records = [b"drafted %d " % one * 40 for one in range(12)]
+    made = request(*records, per_entry=1)
+    draft = await log.draft(made)
+    assert draft is not None
+    for count in range(len(records)):
+        draft.write_blocking(count + 1)
+        draft.sync_blocking()
+    first_lsn = log.next_lsn
+    added = dict(enumerate(records, first_lsn))
+    recording.written.update(added)
+    recording.requests.append((first_lsn, first_lsn + len(records) - 1))
+    done = await log.append(made, draft=draft)
+    assert done.first_lsn == first_lsn
+    draft.close_blocking()
+    recording.disk.note(Acknowledged(added))
 
 
 async def violations(recording: Recording, scratch: Path) -> tuple[int, list[str]]:

@@ -28,6 +28,8 @@ from tests.unit.core.stores.manifest.builders import batch, create, open_store
 from tests.unit.core.stores.wal.builders import request
 
 CHUNK = int(os.environ.get("WAL_CHILD_CHUNK_BYTES", "600"))
+DRAFTS = "WAL_CHILD_DRAFTS" in os.environ
+"""Appends that begin a segment are written before they are flushed."""
 
 
 def say(text: str) -> None:
@@ -90,10 +92,13 @@ async def opened(
 
 async def append(log: WalLog, count: int) -> None:
     first = log.next_lsn
+    made = request(*(record(lsn) for lsn in range(first, first + count)), per_entry=1)
     try:
-        done = await log.append(
-            request(*(record(lsn) for lsn in range(first, first + count)), per_entry=1)
-        )
+        draft = await log.draft(made) if DRAFTS else None
+        if draft is not None:
+            draft.write_blocking(count)
+            draft.sync_blocking()
+        done = await log.append(made, draft=draft)
     except BopError as error:
         say(f"failed {error.code}")
     except StorageFailure:

@@ -99,9 +99,20 @@ MUTANTS = (
         "::test_short_writes_are_completed",
         dies_of=r"Error",
         edits=[(
-            f"{WAL}/writer.py",
+            f"{WAL}/run_writer.py",
             "            left[0] = memoryview(left[0])[count:]\n",
             "            del left[0]\n",
+        )],
+    ),
+    mutant(
+        "draft-linked-after-a-failed-sync", "I16",
+        test=f"{WAL_TESTS}/test_draft.py"
+        "::test_a_failed_sync_of_a_draft_is_fatal_once_it_is_used",
+        dies_of="DID NOT RAISE",
+        edits=[(
+            f"{WAL}/draft.py",
+            "                    self._failure = error\n",
+            "                    del error\n",
         )],
     ),
     mutant(

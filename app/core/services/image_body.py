@@ -41,9 +41,14 @@ def check_image_head(head: bytes | memoryview, *, page_size: int) -> None:
 def page_count_blocking(body: Body, *, page_size: int) -> int:
     """Raises ImageInvalid, PageSizeMismatch."""
     head = body.read_blocking(0, min(IMAGE_HEADER_BYTES, body.size_bytes))
+    return image_pages(head, size_bytes=body.size_bytes, page_size=page_size)
+
+
+def image_pages(head: bytes | memoryview, *, size_bytes: int, page_size: int) -> int:
+    """How many an image of that size has. Raises ImageInvalid, PageSizeMismatch."""
     check_image_head(head, page_size=page_size)
     try:
-        return image_page_count(parse_image_header(head), image_bytes=body.size_bytes)
+        return image_page_count(parse_image_header(head), image_bytes=size_bytes)
     except Damage as damage:
         raise ImageInvalid(f"{damage}.", offset=damage.offset) from damage
 

@@ -70,6 +70,8 @@ class ImageFrames:
         """`page_nos` ascends; the last frame commits, with that page count."""
         self.page_size = page_size
         self.page_nos = page_nos
+        self.ready = len(page_nos)
+        """The first ones, whose pages have arrived."""
         self.commit_sizes = np.zeros(len(page_nos), dtype=np.uint32)
         self.commit_sizes[-1] = page_count
         self._body = body
@@ -81,7 +83,7 @@ class ImageFrames:
         size, held_from = frame_bytes(self.page_size), self._window_first
         if first < held_from or stop > held_from + len(self._window) // size:
             entry = stop - first
-            end = min(len(self.page_nos), first + entry * max(1, WINDOW_BYTES // (entry * size)))
+            end = min(self.ready, first + entry * max(1, WINDOW_BYTES // (entry * size)))
             self._window, self._window_first = self._made(first, end), first
             held_from = first
         return self._window[(first - held_from) * size : (stop - held_from) * size]

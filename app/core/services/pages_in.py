@@ -2,7 +2,8 @@
 
 Invariants: I1: an answer says that its frames are durable. I5: what is stored ends on a commit.
 I13: a body is verified from end to end before any of it is stored; what is refused leaves nothing.
-I11: a body's pages are read where it was spooled, a block at a time.
+I11: a body's pages are read where it was spooled, a block at a time; the first image of a database
+is spooled into what will be its log's files.
 Concurrency: a database takes one body at a time, since where a log goes on is decided by what was
 stored before; the bodies have arrived by then, so a slow client holds up nobody.
 Cancellation: what was handed to the log is waited for, so that the next body sees it.
@@ -47,9 +48,11 @@ from app.core.services.image_body import (
     changed_pages,
     check_image_head,
     differing_blocking,
+    image_pages,
     page_count_blocking,
     plan_image,
 )
+from app.core.services.image_draft import ImageDraft
 from app.core.services.page_payloads import Body, FramesPayload
 from app.core.services.page_state import PageState, page_state
 from app.core.services.wal_body import frames_max, plan_frames, scan_blocking
@@ -224,6 +227,32 @@ class PagesIn:
         """While the body still arrives. Raises ImageInvalid, PageSizeMismatch."""
         check_image_head(head, page_size=page_size)
 
+    async def draft_image(
+        self, tenant: str, name: str, head: bytes, *, size_bytes: int, place: LogPlace | None
+    ) -> ImageDraft | None:
+        """For an image of `size_bytes` of which the head has arrived: where the rest may go, if
+        nothing is stored yet. Raises ImageInvalid, PageSizeMismatch, InvalidRequest,
+        TransactionTooLarge.
+        """
+        record, log = self._directory.require(tenant, name, "libsql")
+        record, state = self._state(tenant, name, log)
+        if state.last_lsn:
+            return None
+        position = _position(place, page_size=record.page_size)
+        page_count = image_pages(head, size_bytes=size_bytes, page_size=record.page_size)
+        footer = _footer(state, page_count=page_count, position=position)
+        image = await self._pool.run(
+            lambda: ImageDraft(
+                size_bytes, page_size=record.page_size, footer=footer,
+                budget_bytes=self._budget_bytes,
+            )
+        )  # fmt: skip
+        draft = await log.draft(image.request)
+        if draft is None:
+            return None
+        image.begin(draft)
+        return image
+
     async def put_image(
         self, tenant: str, name: str, body: Body, *, place: LogPlace | None
     ) -> ImageStored:
@@ -240,21 +269,18 @@ class PagesIn:
             pages = await self._changed(
                 record.db_id, body, page_count=page_count, page_size=page_size
             )
-            before = state.footer
-            goes_on = (
-                position is not None
-                and before.position is not None
-                and position.salts == before.position.salts
-            )
-            footer = FrameFooter(
-                page_count=page_count,
-                position=position,
-                replaced=before.replaced if goes_on else before.position or before.replaced,
-            )
-            entries = plan_image(
-                body, pages, page_size=page_size, footer=footer, budget_bytes=self._budget_bytes
-            )
-            appended = await self._append(log, entries)
+            footer = _footer(state, page_count=page_count, position=position)
+            if isinstance(body, ImageDraft) and body.holds(pages, footer):
+                request, draft = body.request, body.draft
+            else:
+                entries = await self._pool.run(
+                    lambda: plan_image(
+                        body, pages, page_size=page_size, footer=footer,
+                        budget_bytes=self._budget_bytes,
+                    )
+                )  # fmt: skip
+                request, draft = AppendRequest(entries=entries, entry_type=EntryType.FRAMES), None
+            appended = await uninterrupted(log.append(request, draft=draft))
         self._events.info(
             "image.stored", tenant=tenant, database=name, lsn=appended.last_lsn,
             page_count=page_count, changed_pages=appended.count,
@@ -301,6 +327,21 @@ class PagesIn:
     async def _append(self, log: WalLog, entries: Sequence[FramesPayload]) -> Appended:
         request = AppendRequest(entries=entries, entry_type=EntryType.FRAMES)
         return await uninterrupted(log.append(request))
+
+
+def _footer(state: PageState, *, page_count: int, position: WalPosition | None) -> FrameFooter:
+    """What an image at that place of the application's log leaves."""
+    before = state.footer
+    goes_on = (
+        position is not None
+        and before.position is not None
+        and position.salts == before.position.salts
+    )
+    return FrameFooter(
+        page_count=page_count,
+        position=position,
+        replaced=before.replaced if goes_on else before.position or before.replaced,
+    )
 
 
 def _ingestion_state(record: DatabaseRecord, state: PageState) -> IngestionState:

@@ -3,11 +3,12 @@
 import asyncio
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from app.core.base.errors import BodyTooLarge, ImageInvalid
+from app.core.base.errors import BodyTooLarge, DiskFull, ImageInvalid, InvalidRequest
 from app.routers.bodies import BodyLimits, BodyMemory, BodyReader, Spool
 from app.routers.exchange import ClientGone, Exchange
 from app.routers.raw_bodies import HELD_BYTES_MAX, WRITE_BYTES, HeldBody, RawBody, SpooledBody
@@ -142,3 +143,93 @@ async def test_a_thread_may_read_on_when_the_request_is_gone(spool):
     async with RawBody(reader_of(bytes(10_000)), memory=BodyMemory(0), spool=spool) as raw:
         body = await raw.read()
     assert len(await asyncio.to_thread(body.read_blocking, 0, 10_000)) == 10_000
+
+
+class Drafted:
+    """Takes what comes, in the spool's threads."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.data = bytearray()
+        self.calls: list[str] = []
+        self.closed = threading.Event()
+        self.failure: Exception | None = None
+
+    def append_blocking(self, piece: bytes | bytearray) -> None:
+        self.calls.append("append")
+        if self.failure is not None:
+            raise self.failure
+        self.data += piece
+
+    def sync_blocking(self) -> None:
+        self.calls.append("sync")
+
+    def read_blocking(self, offset: int, length: int) -> bytes:
+        return bytes(self.data[offset : offset + length])
+
+    def close_blocking(self) -> None:
+        self.closed.set()
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+async def test_a_large_body_goes_where_it_is_said_to(spool, is_taken):
+    data = os.urandom(WRITE_BYTES * 5 + 17)
+    drafted = Drafted(len(data))
+    asked: list[bytes] = []
+
+    async def draft(head: bytes) -> Drafted | None:
+        asked.append(head)
+        return drafted if is_taken else None
+
+    pieces = reader_of(*pieces_of(data, 30))
+    memory = BodyMemory(64 * KIB)
+    async with RawBody(
+        pieces, memory=memory, spool=spool, head_bytes=100, check_head=lambda head: None,
+        draft=draft,
+    ) as raw:  # fmt: skip
+        body = await raw.read()
+        assert asked == [data[:100]]
+        assert type(body) is (Drafted if is_taken else SpooledBody)
+        assert bytes(body.read_blocking(0, len(data))) == data
+        assert memory.used_bytes == 0
+        assert not drafted.closed.is_set()
+    assert (await asyncio.to_thread(drafted.closed.wait, 30)) if is_taken else not drafted.calls
+    assert ("sync" in drafted.calls) == is_taken
+
+
+@pytest.mark.parametrize("size", [0, 1000, HELD_BYTES_MAX])
+async def test_a_body_that_memory_holds_asks_for_no_draft(spool, size):
+    async def draft(head: bytes) -> None:
+        raise AssertionError
+
+    reader = reader_of(*pieces_of(bytes(size), 100_000))
+    async with RawBody(reader, memory=BodyMemory(1 << 30), spool=spool, draft=draft) as raw:
+        assert type(await raw.read()) is HeldBody
+
+
+@pytest.mark.parametrize("failure", [DiskFull(), OSError(errno.EIO, "Input/output error"), None])
+async def test_a_draft_that_fails_or_is_of_another_length_is_closed(spool, failure):
+    drafted = Drafted(WRITE_BYTES * 9)
+    drafted.failure = failure
+    reader = reader_of(*pieces_of(bytes(WRITE_BYTES * 8), 100_000))
+
+    async def draft(head: bytes) -> Drafted:
+        return drafted
+
+    with pytest.raises(InvalidRequest if failure is None else type(failure)):
+        async with RawBody(reader, memory=BodyMemory(0), spool=spool, draft=draft) as raw:
+            await raw.read()
+    assert await asyncio.to_thread(drafted.closed.wait, 30)
+    if failure is not None:
+        assert drafted.calls.count("append") == 1
+
+
+async def test_a_draft_may_refuse_the_body(spool):
+    async def draft(head: bytes) -> None:
+        raise ImageInvalid
+
+    reader = reader_of(*pieces_of(bytes(WRITE_BYTES * 8), WRITE_BYTES))
+    with pytest.raises(ImageInvalid):
+        async with RawBody(reader, memory=BodyMemory(0), spool=spool, draft=draft) as raw:
+            await raw.read()
+    assert await reader.read_piece() == bytes(WRITE_BYTES)

@@ -27,6 +27,18 @@ class Disk(Protocol):
         """A descriptor of a new file. Its name is durable once the directory was synced."""
         ...
 
+    def create_unnamed(self, directory: Path) -> int:
+        """A descriptor of a new file on the directory's file system. It goes with its last
+        descriptor unless it was linked.
+        """
+        ...
+
+    def link(self, fd: int, path: Path) -> None:
+        """Names a file that `create_unnamed` made. The name is durable once the directory was
+        synced.
+        """
+        ...
+
     def open(self, path: Path, *, writable: bool) -> int: ...
 
     def close(self, fd: int) -> None: ...
@@ -74,6 +86,16 @@ class SystemDisk:
 
     def create(self, path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def create_unnamed(self, directory: Path) -> int:
+        return os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+
+    def link(self, fd: int, path: Path) -> None:
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:  # with a directory's descriptor it is linkat(2), which follows the link in /proc
+            os.link(f"/proc/self/fd/{fd}", path.name, dst_dir_fd=directory, follow_symlinks=True)
+        finally:
+            os.close(directory)
 
     def open(self, path: Path, *, writable: bool) -> int:
         return os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from app.core.base.clock import Clock, wall_us
 from app.core.base.errors import BopError, StorageFailure
+from app.core.stores.wal.draft import Draft
 from app.core.stores.wal.failure import FailStop
 from app.core.stores.wal.group_commit import Group
 from app.core.stores.wal.planning import GroupPlan, OpenSegment, plan_group
+from app.core.stores.wal.requests import AppendRequest
 from app.core.stores.wal.segments import Segment, SegmentInfo
 from app.core.stores.wal.writer import LogWriter, Written
 
@@ -47,6 +49,11 @@ class Flusher:
         self._fail_stop = fail_stop
         self._clock = clock
 
+    def draft_blocking(self, request: AppendRequest, next_lsn: int) -> Draft:
+        """Of a request that begins a segment with `next_lsn`."""
+        plan = plan_group([request], next_lsn=next_lsn, tail=None, chunk_bytes=self._chunk_bytes)
+        return self._writer.draft(plan, now_us=wall_us(self._clock))
+
     def flush_blocking(
         self,
         group: Group,
@@ -81,17 +88,23 @@ class Flusher:
             open_segment = OpenSegment(
                 segment_id=tail.segment_id, ceiling_lsn=tail.ceiling_lsn, marks=tail.written
             )
-        flushed.plan = plan_group(
-            [waiting.request for waiting in flushed.group.appends],
-            next_lsn=next_lsn,
-            tail=open_segment,
-            chunk_bytes=self._chunk_bytes,
+        draft = _draft_of(flushed.group, next_lsn=next_lsn, has_tail=tail is not None)
+        flushed.plan = (
+            draft.plan
+            if draft is not None
+            else plan_group(
+                [waiting.request for waiting in flushed.group.appends],
+                next_lsn=next_lsn,
+                tail=open_segment,
+                chunk_bytes=self._chunk_bytes,
+            )
         )
         if not flushed.plan.runs:
             return
         flushed.written = self._writer.write_group_blocking(
-            flushed.plan, tail=tail, durable_lsn=next_lsn - 1, now_us=wall_us(self._clock)
-        )
+            flushed.plan, tail=tail, durable_lsn=next_lsn - 1, now_us=wall_us(self._clock),
+            draft=draft,
+        )  # fmt: skip
         created = [segment for segment, _ in flushed.written if segment is not tail]
         if created:
             flushed.unsealed = [*flushed.unsealed, *created]
@@ -119,3 +132,14 @@ class Flusher:
             failure.__cause__ = error
         self._fail_stop.trip(failure)
         return failure
+
+
+def _draft_of(group: Group, *, next_lsn: int, has_tail: bool) -> Draft | None:
+    """The draft that is all of the group, if the log is still where it was made for."""
+    if len(group.appends) != 1:
+        return None
+    waiting = group.appends[0]
+    draft = waiting.draft
+    if draft is None or not draft.fits(next_lsn=next_lsn, has_tail=has_tail):
+        return None
+    return draft

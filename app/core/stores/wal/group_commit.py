@@ -5,6 +5,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from app.core.base.errors import Backpressure
+from app.core.stores.wal.draft import Draft
 from app.core.stores.wal.requests import Appended, AppendRequest
 from app.core.stores.wal.room import Hold
 
@@ -20,6 +21,7 @@ class WaitingAppend:
     payload_bytes: int
     answer: asyncio.Future[Appended]
     hold: Hold
+    draft: Draft | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -86,3 +88,13 @@ class AppendQueue:
         self._waiting.clear()
         self._bytes = 0
         return taken
+
+
+def fail(
+    future: "asyncio.Future[Appended] | asyncio.Future[None]", error: Exception | None
+) -> None:
+    """The callers may all have left: an error that nobody takes is no complaint of the loop's."""
+    assert error is not None
+    if not future.done():
+        future.set_exception(error)
+        future.exception()

@@ -27,9 +27,10 @@ from app.core.base.errors import (
 )
 from app.core.base.events import Events
 from app.core.base.tasks import BlockingPool, uninterrupted
+from app.core.stores.wal.draft import Draft
 from app.core.stores.wal.failure import FailStop
 from app.core.stores.wal.flush import Flushed, Flusher, Sealed
-from app.core.stores.wal.group_commit import AppendQueue, Group, WaitingAppend, WaitingSeal
+from app.core.stores.wal.group_commit import AppendQueue, Group, WaitingAppend, WaitingSeal, fail
 from app.core.stores.wal.keyed import KeyedAppends
 from app.core.stores.wal.log_frames import LogFrames
 from app.core.stores.wal.pins import PinnedSegment, WalPin
@@ -209,9 +210,20 @@ class WalLog:
 
     # --- appending ----------------------------------------------------------------------------
 
-    async def append(self, request: AppendRequest) -> Appended:
-        """Returns once all of it is durable. Raises LsnMismatch, IdempotencyKeyReused,
-        Backpressure, QuotaExhausted, DiskFull, WalLost, CorruptWal, NotReady, StorageFailure.
+    async def draft(self, request: AppendRequest) -> Draft | None:
+        """For an append whose bytes have yet to arrive, to be given to `append` with it. None where
+        it would not begin a segment, or the disk cannot name files later.
+        """
+        self._check_open()
+        if self._unsealed or self._flushing or request.key_hash is not None:
+            return None
+        draft = await self._pool.run(self._flusher.draft_blocking, request, self.next_lsn)
+        return draft if await self._pool.run(draft.is_possible_blocking) else None
+
+    async def append(self, request: AppendRequest, *, draft: Draft | None = None) -> Appended:
+        """Returns once all of it is durable; `draft` is of this request. Raises LsnMismatch,
+        IdempotencyKeyReused, Backpressure, QuotaExhausted, DiskFull, WalLost, CorruptWal, NotReady,
+        StorageFailure.
         """
         size_bytes = write_bytes_of(request)
         while True:
@@ -225,7 +237,7 @@ class WalLog:
                 break
             await self._room.make_way(size_bytes)
         if request.key_hash is None:
-            return await self._enqueue(request, hold)
+            return await self._enqueue(request, hold, draft)
         answer = self._enqueue(request, hold)
         self._keyed.begin(request, answer)
         return await asyncio.shield(answer)  # replays wait for it too
@@ -336,11 +348,11 @@ class WalLog:
         """Everything that is queued, and every long poll."""
         for waiting in self._queue.take_all():
             if isinstance(waiting, WaitingSeal):
-                _fail(waiting.done, error)
+                fail(waiting.done, error)
             else:
                 self._keyed.end(waiting.request)
                 waiting.hold.release()
-                _fail(waiting.answer, error)
+                fail(waiting.answer, error)
         self._waiters.fail(error)
 
     # --- flushing -----------------------------------------------------------------------------
@@ -357,9 +369,12 @@ class WalLog:
         if self._closing is not None:
             raise self._closing.with_traceback(None)
 
-    def _enqueue(self, request: AppendRequest, hold: Hold) -> asyncio.Future[Appended]:
+    def _enqueue(
+        self, request: AppendRequest, hold: Hold, draft: Draft | None = None
+    ) -> asyncio.Future[Appended]:
         try:
-            waiting = WaitingAppend(request, request.check(), self._loop.create_future(), hold)
+            answer = self._loop.create_future()
+            waiting = WaitingAppend(request, request.check(), answer, hold, draft)
             self._queue.put(waiting)
         except BaseException:
             hold.release()
@@ -406,7 +421,7 @@ class WalLog:
             self._fail_stop.trip(error)
             for waiting in done.group.appends:
                 self._keyed.end(waiting.request)
-                _fail(waiting.answer, error)
+                fail(waiting.answer, error)
         if isinstance(done, Sealed) or not done.sealing:
             self._end_group(done.group, error)
 
@@ -417,7 +432,7 @@ class WalLog:
             for waiting in appends:
                 self._keyed.end(waiting.request)
                 waiting.hold.release()
-                _fail(waiting.answer, error)
+                fail(waiting.answer, error)
             return
         plan = flushed.plan
         self._unsealed = flushed.unsealed
@@ -432,7 +447,7 @@ class WalLog:
             self._keyed.end(waiting.request)
             if isinstance(outcome, LsnMismatch):
                 waiting.hold.release()
-                _fail(waiting.answer, outcome)
+                fail(waiting.answer, outcome)
                 continue
             waiting.hold.spend()
             appended = outcome.appended
@@ -475,19 +490,9 @@ class WalLog:
         failure = self._fail_stop.cause
         if group.seal is not None:
             if error is not None or failure is not None:
-                _fail(group.seal.done, error or failure)
+                fail(group.seal.done, error or failure)
             elif not group.seal.done.done():
                 group.seal.done.set_result(None)
         if failure is not None:
             self.fail_waiting(failure)
         self._start_flush()
-
-
-def _fail(
-    future: "asyncio.Future[Appended] | asyncio.Future[None]", error: Exception | None
-) -> None:
-    """The callers may all have left: an error that nobody takes is no complaint of the loop's."""
-    assert error is not None
-    if not future.done():
-        future.set_exception(error)
-        future.exception()

@@ -31,8 +31,12 @@ class PlacedEntry:
     key_hash: bytes | None
     body_hash: bytes | None
 
+    @property
+    def payload_offset(self) -> int:
+        return self.offset + ENTRY_HEADER_BYTES
 
-@dataclass(slots=True, kw_only=True)
+
+@dataclass(slots=True, kw_only=True, eq=False)
 class Run:
     """Entries that follow each other in one segment. A segment's id is the first LSN it was made
     for: unique for the life of the database, since LSNs are (I14).

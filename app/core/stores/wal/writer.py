@@ -8,25 +8,17 @@ Concurrency: one thread at a time per log.
 Crash: at any point recovery finds the last acknowledged group, or that and the one being written.
 """
 
-import errno
 from collections.abc import Sequence
 from pathlib import Path
 
 from app.core.base import failpoints
-from app.core.base.errors import BopError, InvariantViolation, NotReady, StorageFailure
-from app.core.formats.segment import (
-    NO_HASH,
-    EngineCode,
-    EntryFlag,
-    EntryHeader,
-    SegmentHeader,
-    pack_directory,
-    pack_entry_header,
-    pack_segment_header,
-)
-from app.core.stores.wal.disk import Buffer, Disk
+from app.core.base.errors import BopError, NotReady, StorageFailure
+from app.core.formats.segment import EngineCode, SegmentHeader, pack_directory
+from app.core.stores.wal.disk import Disk
+from app.core.stores.wal.draft import Draft
 from app.core.stores.wal.failure import judge_directory_sync, judge_write
 from app.core.stores.wal.planning import GroupPlan, Run
+from app.core.stores.wal.run_writer import RunWriter, write_all
 from app.core.stores.wal.segments import (
     NewSegment,
     Segment,
@@ -35,9 +27,6 @@ from app.core.stores.wal.segments import (
     SegmentMarks,
     segment_name,
 )
-
-PIECES_MAX = 1024  # IOV_MAX
-BATCH_BYTES_MAX = 4 * 1024 * 1024  # of payload held in memory at once
 
 Written = tuple[tuple[Segment, SegmentMarks], ...]
 
@@ -61,22 +50,40 @@ class LogWriter:
         self._catalog = catalog
         self._directory_durable = False
 
+    def draft(self, plan: GroupPlan, *, now_us: int) -> Draft:
+        """`plan` gives one request segments of its own."""
+        return Draft(
+            self._disk, plan, root=self._directory.parent, db_id=self._db_id,
+            engine=self._engine, chunk_bytes=self._chunk_bytes, now_us=now_us,
+        )  # fmt: skip
+
     def write_group_blocking(
-        self, plan: GroupPlan, *, tail: Segment | None, durable_lsn: int, now_us: int
+        self,
+        plan: GroupPlan,
+        *,
+        tail: Segment | None,
+        durable_lsn: int,
+        now_us: int,
+        draft: Draft | None = None,
     ) -> Written:
-        """Durable on return: each segment written to, with its new marks. Raises DiskFull, NotReady
-        or what the catalogue refused with, and nothing of the group is left; StorageFailure when
-        that cannot be known.
+        """Durable on return: each segment written to, with its new marks. With a draft of the plan
+        its files become the segments. Raises DiskFull, NotReady or what the catalogue refused with,
+        and nothing of the group is left; StorageFailure when that cannot be known.
         """
+        if draft is not None:
+            draft.check()
         targets: list[tuple[Segment, Run]] = []
         try:
             failpoints.fp("wal.before_write")
             for run in plan.runs:
-                segment = self._target(run, tail)
+                segment = self._target(run, tail, draft)
                 targets.append((segment, run))
                 if run.creates:
                     segment.identity = self._disk.identify(segment.path)
-                self._write_run(segment, run, durable_lsn=durable_lsn, now_us=now_us)
+                if draft is None:
+                    self._write_run(segment, run, durable_lsn=durable_lsn, now_us=now_us)
+                else:
+                    failpoints.fp("wal.mid_link")
             failpoints.fp("wal.after_write")
         except OSError as error:
             judged = judge_write(
@@ -144,7 +151,7 @@ class LogWriter:
 
     # --- writing ------------------------------------------------------------------------------
 
-    def _target(self, run: Run, tail: Segment | None) -> Segment:
+    def _target(self, run: Run, tail: Segment | None, draft: Draft | None) -> Segment:
         if not run.creates:
             assert tail is not None
             assert tail.segment_id == run.segment_id
@@ -160,54 +167,20 @@ class LogWriter:
         # What may be left of a failed group has no row; unlinked, never overwritten: a promoted
         # chunk is a link to its segment's inode.
         self._disk.unlink(path)
-        segment.fd = self._disk.create(path)
+        segment.fd = self._disk.create(path) if draft is None else draft.link_blocking(run, path)
         return segment
 
     def _write_run(self, segment: Segment, run: Run, *, durable_lsn: int, now_us: int) -> None:
         assert segment.fd is not None
-        fd, offset = segment.fd, run.offset
-        pieces: list[Buffer] = []
-        pending_bytes = 0
+        header = None
         if run.creates:
-            offset = 0
             header = SegmentHeader(
                 engine=self._engine, db_id=self._db_id, segment_id=run.segment_id,
                 first_lsn=run.first_lsn, chunk_bytes=self._chunk_bytes,
             )  # fmt: skip
-            pieces.append(pack_segment_header(header))
-            pending_bytes = len(pieces[0])
-        for entry in run.entries:
-            payload = entry.payload.load_blocking()
-            if len(payload) != entry.payload.payload_bytes:
-                raise InvariantViolation(
-                    "An entry's payload is not as long as announced.",
-                    announced=entry.payload.payload_bytes, loaded=len(payload),
-                )  # fmt: skip
-            head = EntryHeader(
-                type=entry.type, flags=EntryFlag(entry.flags), first_lsn=entry.first_lsn,
-                count=entry.payload.count, payload_bytes=len(payload), durable_lsn=durable_lsn,
-                appended_at_us=now_us, key_hash=entry.key_hash or NO_HASH,
-                body_hash=entry.body_hash if entry.body_hash and entry.key_hash else NO_HASH,
-            )  # fmt: skip
-            pieces += (pack_entry_header(head, (payload,)), payload)
-            pending_bytes += head.entry_bytes
-            if pending_bytes >= BATCH_BYTES_MAX or len(pieces) > PIECES_MAX - 2:
-                self._write(fd, pieces, offset)
-                offset += pending_bytes
-                pieces, pending_bytes = [], 0
-        if pieces:
-            self._write(fd, pieces, offset)
-            offset += pending_bytes
-        assert offset == run.marks.entries_end
-
-    def _write(self, fd: int, pieces: Sequence[Buffer], offset: int) -> None:
-        if failpoints.armed():
-            data = b"".join(pieces)
-            half = len(data) // 2
-            write_all(self._disk, fd, [data[:half]], offset)
-            failpoints.fp("wal.mid_write")
-            pieces, offset = [data[half:]], offset + half
-        write_all(self._disk, fd, pieces, offset)
+        RunWriter(
+            self._disk, segment.fd, run, header=header, durable_lsn=durable_lsn, now_us=now_us
+        ).write_blocking()
 
     def _sync(self, targets: Sequence[tuple[Segment, Run]]) -> None:
         try:
@@ -308,20 +281,3 @@ class LogWriter:
             self._disk.sync_directory(path)
         except OSError as error:
             raise judge_directory_sync(error) from error
-
-
-def write_all(disk: Disk, fd: int, pieces: Sequence[Buffer], offset: int) -> None:
-    """Completes short writes."""
-    left = list(pieces)
-    while left:
-        count = disk.write(fd, left[:PIECES_MAX], offset)
-        offset += count
-        done = 0
-        while done < len(left) and count >= len(left[done]):
-            count -= len(left[done])
-            done += 1
-        del left[:done]
-        if count:
-            left[0] = memoryview(left[0])[count:]
-        elif not done:
-            raise OSError(errno.EIO, "a write wrote nothing")

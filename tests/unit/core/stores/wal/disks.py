@@ -38,6 +38,14 @@ class FaultyDisk(SystemDisk):
         self._pass("create")
         return super().create(path)
 
+    def create_unnamed(self, directory: Path) -> int:
+        self._pass("create_unnamed")
+        return super().create_unnamed(directory)
+
+    def link(self, fd: int, path: Path) -> None:
+        self._pass("link")
+        super().link(fd, path)
+
     def identify(self, path: Path) -> tuple[int, int]:
         self._pass("identify")
         return super().identify(path)
