@@ -3,21 +3,24 @@
 import asyncio
 import signal
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.cli.failures import FAILED, Failure, wrong_usage
+from app.cli.failures import API_HINTS, FAILED, HINTS, Failure, wrong_usage
 from app.cli.screen import Meter, Screen
 from app.cli.session import Session, session_of
 from app.cli.units import bytes_text
 
 if TYPE_CHECKING:
     from app.client import BopClient
+    from app.client.wire import Job
     from app.replication.events import Event
     from app.replication.fleet import Fleet
+    from app.replication.follower import Follower
     from app.replication.targets import Rule
 
 SHOW_SECONDS = 0.2
@@ -60,19 +63,19 @@ def replicate(
 
     rules = _rules(file, name, config)
 
+    teller = _Teller(session)
+
     async def work(client: "BopClient") -> "Fleet":
         from app.replication.fleet import Fleet  # noqa: PLC0415 - as above
-
-        def tell(event: "Event") -> None:
-            _tell(session, event)
 
         fleet = Fleet(
             rules,
             client,
-            tell=tell,
+            tell=teller,
             limits=Limits(log_bytes=wal_limit_mib * MIB),
             set_wal=set_wal,
         )
+        teller.nobody_reads = fleet.stop
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, fleet.stop)
@@ -82,12 +85,21 @@ def replicate(
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
-        if checkpoint:
-            await _checkpoint(session, client, fleet)
         return fleet
 
     # a follower decides itself when to ask again: meanwhile it looks after the WAL
     fleet = session.run(work, retry=RetryPolicy(attempts_max=1))
+    if teller.is_broken:
+        raise typer.Exit(FAILED)
+    followers = [each for each in fleet.followers if each.status.refusal is None]
+    if once and not all(each.is_done for each in followers):
+        raise Failure(
+            "It was stopped before all was sent.",
+            hint="The next run goes on where this one stopped.",
+            code="interrupted",
+        )
+    if checkpoint:
+        session.run(lambda client: _checkpoint(client, followers, teller))
     _conclude(fleet, once=once)
 
 
@@ -142,37 +154,75 @@ def _show(fleet: "Fleet", meter: Meter) -> None:
     what = next(iter(statuses)) if len(statuses) == 1 else f"{len(statuses)} databases"
     state = "the service is away" if any(each.away for each in statuses.values()) else "following"
     lag = f"{bytes_text(behind)} behind" if behind else "up to date"
+    refused = sum(status.refusal is not None for status in statuses.values())
+    if refused:
+        lag += f", {refused} refused"
     meter(f"{what}: {state}, {lag}, {bytes_text(sent)} sent", 0, None)
 
 
-def _tell(session: Session, event: "Event") -> None:
-    screen: Screen = session.screen
-    if screen.as_json:
-        at = datetime.fromtimestamp(session.clock.wall_ns() / 1e9, tz=UTC)
-        screen.document({"at": f"{at:%Y-%m-%dT%H:%M:%S.%f}Z", **event.document()})
-    elif event.event not in {"wal_sent", "sqlite_checkpoint", "following"}:
-        screen.note(f"{event.database}: {event.detail}")
+class _Teller:
+    """Tells events as they come. What cannot be told stops nothing: the disk that is full may be
+    that of the log file. Who closes its end of a pipe, ends the command.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.nobody_reads: Callable[[], None] = lambda: None
+        self.is_broken = False
+        self._session = session
+
+    def __call__(self, event: "Event") -> None:
+        screen: Screen = self._session.screen
+        try:
+            if screen.as_json:
+                at = datetime.fromtimestamp(self._session.clock.wall_ns() / 1e9, tz=UTC)
+                screen.document({"at": f"{at:%Y-%m-%dT%H:%M:%S.%f}Z", **event.document()})
+            elif event.event not in {"wal_sent", "sqlite_checkpoint", "following"}:
+                screen.note(f"{event.database}: {event.detail}")
+        except BrokenPipeError:
+            self.is_broken = True
+            self.nobody_reads()
+        except OSError:
+            pass
 
 
-async def _checkpoint(session: Session, client: "BopClient", fleet: "Fleet") -> None:
+async def _checkpoint(
+    client: "BopClient", followers: "list[Follower]", tell: "Callable[[Event], None]"
+) -> None:
+    """All of them, though one fails. Raises Failure, ClientError."""
+    from app.client import ClientError  # noqa: PLC0415 - not on the way to --help
+
+    failures: list[Failure | ClientError] = []
+    jobs: list[Job] = []
+    for target in (each.target for each in followers):
+        try:
+            jobs.append(
+                await client.checkpoints.trigger(target.tenant, target.database, reason="replicate")
+            )
+        except ClientError as error:
+            failures.append(error)
+    for job in jobs:
+        try:
+            _tell_checkpoint(await client.jobs.wait(job.id), tell)
+        except (ClientError, Failure) as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+
+
+def _tell_checkpoint(ended: "Job", tell: "Callable[[Event], None]") -> None:
     from app.replication.events import Event  # noqa: PLC0415 - not on the way to --help
 
-    jobs = [
-        await client.checkpoints.trigger(target.tenant, target.database, reason="replicate")
-        for target in fleet.targets
-        if fleet.statuses[target.name].refusal is None
-    ]
-    for job in jobs:
-        ended = await client.jobs.wait(job.id)
-        name = f"{ended.tenant}/{ended.database}"
-        if ended.state != "completed":
-            detail = (ended.error or {}).get("detail") or f"it was {ended.state}"
-            raise Failure(
-                f"The checkpoint of {name} did not complete: {detail}.",
-                code=str((ended.error or {}).get("code", ended.state)),
-            )
-        result = ended.result or {}
-        event = Event(
+    name = f"{ended.tenant}/{ended.database}"
+    if ended.state != "completed":
+        detail = (ended.error or {}).get("detail") or f"it was {ended.state}"
+        raise Failure(
+            f"The checkpoint of {name} did not complete: {detail.rstrip('.')}.",
+            hint=f"What was sent is kept; see 'bop-checkpoint jobs explain {ended.id}'.",
+            code=str((ended.error or {}).get("code", ended.state)),
+        )
+    result = ended.result or {}
+    tell(
+        Event(
             event="checkpointed",
             database=name,
             detail=f"Checkpointed as generation {result.get('generation', '-')}.",
@@ -182,17 +232,31 @@ async def _checkpoint(session: Session, client: "BopClient", fleet: "Fleet") -> 
                 "last_lsn": result.get("last_lsn"),
             },
         )
-        _tell(session, event)
+    )
 
 
 def _conclude(fleet: "Fleet", *, once: bool) -> None:
-    """1 where a database was refused."""
-    statuses = fleet.statuses
-    refused = {name: each for name, each in statuses.items() if each.refusal is not None}
-    if len(statuses) == 1 and refused:
-        (status,) = refused.values()
-        raise Failure(str(status.refusal), code=str(status.refusal_code))
-    if refused:
+    """1 where a database was refused, or one of a directory could not be told."""
+    refused = [each for each in fleet.followers if each.status.refusal is not None]
+    if len(fleet.followers) == 1 and refused and not fleet.unnamed:
+        raise _refusal(refused[0])
+    if refused or (once and (fleet.unnamed or fleet.unreadable)):
         raise typer.Exit(FAILED)
-    if once and not statuses:
-        raise Failure("There is nothing to follow.", code="nothing_found")
+    if once and not fleet.followers:
+        raise Failure(
+            "There is nothing to follow.",
+            hint="No file of the directory that matches is a SQLite database.",
+            code="nothing_found",
+        )
+
+
+def _refusal(follower: "Follower") -> Failure:
+    """As the command ends with it."""
+    from app.client import ProblemError  # noqa: PLC0415 - not on the way to --help
+
+    status, cause = follower.status, follower.refused and follower.refused.__cause__
+    hint = HINTS.get(str(status.refusal_code), "")
+    told = str(status.refusal)
+    if isinstance(cause, ProblemError) and hint:
+        told = told.removesuffix(f" {API_HINTS[str(status.refusal_code)]}")
+    return Failure(told, hint=hint, code=str(status.refusal_code))

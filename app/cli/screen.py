@@ -101,7 +101,17 @@ def encoded(values: Iterable[object]) -> bytes:
     import msgspec  # noqa: PLC0415 - see Screen
 
     encoder = msgspec.json.Encoder(enc_hook=str)
-    return b"".join(encoder.encode(value) + b"\n" for value in values)
+
+    def line(value: object) -> bytes:
+        try:
+            return encoder.encode(value) + b"\n"
+        except UnicodeEncodeError:  # a file's name that is no UTF-8: `\udcXX`, as Python reads it
+            import json  # noqa: PLC0415 - seldom needed
+
+            plain = msgspec.to_builtins(value, enc_hook=str)
+            return f"{json.dumps(plain, separators=(',', ':'))}\n".encode()
+
+    return b"".join(line(value) for value in values)
 
 
 def _unseen(text: str, done: float, total: float | None) -> None:

@@ -250,6 +250,10 @@ class Calls:
             except httpx.TransportError as error:
                 if not idempotent or attempt >= self._attempts_max(error):
                     raise self.unreachable(error) from error
+            except httpx.DecodingError as error:
+                raise UnexpectedAnswer(
+                    f"An answer is not in the coding it names: {error}"
+                ) from error
             await self.back_off(attempt=attempt, at_least_seconds=wait_seconds)
 
     def _again(self, attempt: int, wait_seconds: float) -> bool:

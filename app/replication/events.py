@@ -17,7 +17,6 @@ Kind = Literal[
     "waiting",  # the file cannot be followed now
     "refused",  # and not later either
     "checkpointed",  # the service's own checkpoint
-    "stopped",
 ]
 
 

@@ -12,6 +12,7 @@ the end of `Lock`, for a further sqlite_checkpoint would overwrite what the tran
 - anything else: frames may have been missed, and only a new image makes it right.
 """
 
+import sys
 from dataclasses import dataclass
 
 from app.replication.wal_index import Checksums, Log, Salts
@@ -36,6 +37,8 @@ class Limits:
     """And once the log is longer than `log_bytes`: a service that is just as fast as the
     application would be waited for forever.
     """
+    carried_bytes_all: int = 512 * MIB
+    """Of all followers of a process together."""
     request_bytes: int = 64 * MIB
     request_bytes_max: int = 1024 * MIB - MIB
     """A transaction longer than a request makes it grow up to this: what the service takes."""
@@ -79,6 +82,8 @@ class View:
     """The service did not answer, and it is not yet time to ask again."""
     may_checkpoint: bool
     image_reason: str | None = None
+    free_bytes: int = sys.maxsize
+    """Of the memory for what all followers of the process carry."""
     confirmed: Position | None = None
     """The last place that the service said it has: it is there, or further on."""
     quiet: bool = False
@@ -174,8 +179,13 @@ def decide(view: View, limits: Limits) -> Action:
     return _go_on(view, view.position, view.lock, limits)
 
 
-def carried_bytes_max(log: Log, limits: Limits) -> int:
-    return limits.carried_bytes if log.end <= limits.log_bytes else limits.carried_bytes_max
+def carried_bytes_max(log: Log, limits: Limits, free_bytes: int) -> int:
+    most = limits.carried_bytes if log.end <= limits.log_bytes else limits.carried_bytes_max
+    return min(most, free_bytes)
+
+
+def behind_bytes_max(log: Log, limits: Limits) -> int:
+    return max(limits.unsent_bytes, log.page_count * log.page_size)
 
 
 def unsent_bytes(log: Log, position: Position | None, carried: Carried | None) -> int:
@@ -204,15 +214,16 @@ def _go_on(view: View, position: Position, lock: Log, limits: Limits) -> Action:
         return SendImage(_why_not(position))
     if log.frames == 0:
         return Wait(caught_up=True)
-    if log.end > _behind_max(log, limits):
+    if log.end > behind_bytes_max(log, limits):
         return LetGo("the service is too far behind")
     return SendWal(0, log.end, position.last_lsn)
 
 
 def _same_log(view: View, position: Position, limits: Limits) -> Action:
     log = view.log
-    unsent, carried_max = log.end - position.offset, carried_bytes_max(log, limits)
-    behind_max = _behind_max(log, limits)
+    unsent = log.end - position.offset
+    carried_max = carried_bytes_max(log, limits, view.free_bytes)
+    behind_max = behind_bytes_max(log, limits)
     if unsent > behind_max or (log.end > 2 * behind_max and unsent > carried_max):
         return LetGo("the service is too far behind")
     if view.may_checkpoint and _is_checkpoint_due(view, limits) and unsent <= carried_max:
@@ -224,10 +235,6 @@ def _same_log(view: View, position: Position, limits: Limits) -> Action:
     return Wait(caught_up=True)
 
 
-def _behind_max(log: Log, limits: Limits) -> int:
-    return max(limits.unsent_bytes, log.page_count * log.page_size)
-
-
 def _step_aside_unsent(view: View, limits: Limits) -> Action:
     """The application does not wait for a service that is away: what is not sent is kept in memory,
     if it is of one log and not too much.
@@ -237,7 +244,7 @@ def _step_aside_unsent(view: View, limits: Limits) -> Action:
         confirmed is not None
         and confirmed.salts == log.salts
         and confirmed.offset > 0
-        and 0 <= log.end - confirmed.offset <= carried_bytes_max(log, limits)
+        and 0 <= log.end - confirmed.offset <= carried_bytes_max(log, limits, view.free_bytes)
     ):
         return StepAside(confirmed.offset)
     return LetGo("the application waits for it, and the service is away")

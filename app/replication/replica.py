@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.client import BopClient, ProblemError
+from app.client import BopClient, ProblemError, UnexpectedAnswer
 from app.client.libsql import wal_position
 from app.client.wire import ImageStored, WalPosition, WalStored
 from app.replication.events import Event, Kind, Status, Tell
 from app.replication.plan import Limits, Position
+from app.replication.shares import Shares
 from app.replication.wal_index import LOG_HEADER_BYTES, Log, Salts, log_header
 
 Body = bytes | Callable[[], AsyncIterator[bytes]]
@@ -23,10 +24,15 @@ Body = bytes | Callable[[], AsyncIterator[bytes]]
 NO_LOG: Salts = (0x626F7021, 0x3F3F3F3F)
 """Salts that ask: a log that the service cannot have gives its position in the refusal."""
 AWAY_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0)
+AWAY_SECONDS_MAX = 60.0
+"""However long it asks for: it may be a proxy that does, of a service that is back before."""
 GAPS_MAX = 3
 """Refusals in a row without a frame stored, until an image is sent."""
 
-_LATER = frozenset({429, 500, 502, 503, 504, 507})
+REQUEST_BYTES_MIN = 256 * 1024
+"""What is too large for the service, or for a proxy before it, is halved down to this."""
+
+_LATER = frozenset({408, 425, 429, 500, 502, 503, 504, 507})
 _NEEDS_IMAGE = {
     "wal_invalid": "the service could not read the log",
     "transaction_too_large": "a transaction is longer than the service takes as WAL",
@@ -46,7 +52,9 @@ class Target:
 
 
 class Refused(Exception):
-    """The database cannot be followed until someone changes something."""
+    """The database cannot be followed until someone changes something; its cause may be a problem
+    that the service told.
+    """
 
     def __init__(self, detail: str, *, code: str) -> None:
         self.code = code
@@ -54,7 +62,9 @@ class Refused(Exception):
 
 
 class Replica:
-    def __init__(self, target: Target, client: BopClient, *, tell: Tell, limits: Limits) -> None:
+    def __init__(
+        self, target: Target, client: BopClient, *, tell: Tell, limits: Limits, shares: Shares
+    ) -> None:
         self.status = Status()
         self.position: Position | None = None
         self.confirmed: Position | None = None
@@ -65,7 +75,10 @@ class Replica:
         self._client = client
         self._tell = tell
         self._limits = limits
+        self._shares = shares
         self._request_bytes = limits.request_bytes
+        self._request_bytes_max = limits.request_bytes_max
+        self._asked_bytes = 0
         self._made_page_size: int | None = None
         self._away_count = 0
         self._away_until = 0.0
@@ -88,12 +101,21 @@ class Replica:
         return self._away_count > len(AWAY_SECONDS)
 
     def forget(self, image_reason: str | None = None) -> None:
-        """What is known of its position; with a reason, it needs an image."""
+        """What is known of it; with a reason, it needs an image."""
         self.position = self.confirmed = None
+        self._made_page_size = None
         self.image_reason = image_reason or self.image_reason
 
     async def ask_position(self, log: Log) -> None:
         """Makes the database where it is missing, and asks how far it is."""
+        async with self._shares.requests:
+            position = await self._asked_position(log)
+        is_further = position.last_lsn > self.status.last_lsn  # an answer was lost
+        self._settle_position(position)
+        if is_further:
+            self.come_back()
+
+    async def _asked_position(self, log: Log) -> WalPosition:
         tenant, name = self._target.tenant, self._target.database
         if self._made_page_size != log.page_size:
             await self._client.databases.create(
@@ -112,8 +134,7 @@ class Replica:
                 if problem.code != "wal_gap":
                     raise
                 position = wal_position(problem)
-        self._settle_position(position)
-        self._come_back()
+        return position
 
     def _settle_position(self, answer: WalPosition) -> None:
         """What the service says, joined with what is known here: the same LSN is the same state."""
@@ -138,7 +159,7 @@ class Replica:
         self.position = self.confirmed = position
         self.status.last_lsn = position.last_lsn
         self._gap_count = 0
-        self._come_back()
+        self.come_back()
 
     # --- what is sent to it
 
@@ -156,29 +177,31 @@ class Replica:
         """Frames up to `end` of a log that ends at `log_end`; whether any of them was new. Where a
         transaction does not end within them, the next request is longer.
         """
-        stored = await self.send_frames(
+        stored = await self._send_frames(
             body, content_bytes=end - offset, offset=offset, after_lsn=after_lsn
         )
         if stored.accepted_offset > max(offset, LOG_HEADER_BYTES):
-            self._request_bytes = self._limits.request_bytes
-        elif end < log_end and self._request_bytes < self._limits.request_bytes_max:
-            self._request_bytes = min(2 * self._request_bytes, self._limits.request_bytes_max)
+            self._request_bytes = min(self._limits.request_bytes, self._request_bytes_max)
+        elif end < log_end and self._request_bytes < self._request_bytes_max:
+            self._request_bytes = min(2 * self._request_bytes, self._request_bytes_max)
         else:
             self._gap("the service takes no frame of the log")
         return stored.last_lsn is not None
 
-    async def send_frames(
-        self, body: Body, *, content_bytes: int, offset: int, after_lsn: int | None = None
+    async def _send_frames(
+        self, body: Body, *, content_bytes: int, offset: int, after_lsn: int | None
     ) -> WalStored:
         before, self.position = self.position, None
-        stored = await self._client.libsql.push_wal(
-            self._target.tenant,
-            self._target.database,
-            body,
-            content_bytes=content_bytes,
-            offset=offset,
-            after_lsn=after_lsn,
-        )
+        self._asked_bytes = content_bytes
+        async with self._shares.requests:
+            stored = await self._client.libsql.push_wal(
+                self._target.tenant,
+                self._target.database,
+                body,
+                content_bytes=content_bytes,
+                offset=offset,
+                after_lsn=after_lsn,
+            )
         if stored.last_lsn is None:
             # nothing new: no commit within the body, or, further on, frames it had already; then
             # it is asked where it stands, for the LSN
@@ -235,12 +258,14 @@ class Replica:
 
     def judge(self, problem: ProblemError, *, page_size: int, was_image: bool) -> None:
         """Raises Refused for one that asking again does not change."""
-        said = problem.detail or problem.title
-        if problem.code == "wal_gap":
-            self._settle_position(wal_position(problem))
+        said = told(problem)
+        if problem.code == "wal_gap" and (position := _position_told(problem)) is not None:
+            self._settle_position(position)
             self._gap("the service refuses to go on where it says it is")
-        elif problem.status in _LATER:
+        elif problem.status in _LATER or _is_too_slow(problem) or problem.code == "wal_gap":
             self.go_away(said, problem.retry_after_seconds or 0.0)
+        elif not was_image and self._is_halved(problem):
+            pass
         elif problem.code in _NEEDS_IMAGE and not was_image:
             self.image_reason = _NEEDS_IMAGE[problem.code]
         elif problem.code in {"database_conflict", "page_size_mismatch"}:
@@ -252,18 +277,30 @@ class Replica:
         else:
             raise Refused(said, code=problem.code) from problem
 
+    def _is_halved(self, problem: ProblemError) -> bool:
+        """Whether a smaller request is what is asked for."""
+        if problem.status != 413 or problem.code == "transaction_too_large":
+            return False
+        if self._asked_bytes <= REQUEST_BYTES_MIN:
+            return False
+        self._request_bytes_max = max(self._asked_bytes // 2, REQUEST_BYTES_MIN)
+        self._request_bytes = min(self._request_bytes, self._request_bytes_max)
+        return True
+
     def go_away(self, reason: str, at_least_seconds: float = 0.0) -> None:
         """It is not asked for a while; what became of the last request is not known."""
         self.position = None
         seconds = AWAY_SECONDS[min(self._away_count, len(AWAY_SECONDS) - 1)]
         self._away_count += 1
-        self._away_until = self._now() + max(seconds, at_least_seconds)
+        self._away_until = self._now() + min(max(seconds, at_least_seconds), AWAY_SECONDS_MAX)
         self.status.away = True
         self.status.caught_up = False
         if self._away_count == 1:
-            self.note("service_away", f"The service is away: {reason}.", reason=reason)
+            said = reason.rstrip(".")
+            self.note("service_away", f"The service is away: {said}.", reason=said)
 
-    def _come_back(self) -> None:
+    def come_back(self) -> None:
+        """It took something, or there is nothing to take: an answer alone does not tell."""
         if self._away_count:
             self.note("service_back", "The service is back.", last_lsn=self.status.last_lsn)
         self._away_count = 0
@@ -280,3 +317,24 @@ class Replica:
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def told(problem: ProblemError) -> str:
+    if problem.code == "unexpected_answer":  # its text may be a page for browsers
+        return f"what answers is no bop-checkpoint service: {problem.status} {problem.title}"
+    return problem.detail or problem.title
+
+
+def _position_told(problem: ProblemError) -> WalPosition | None:
+    try:
+        return wal_position(problem)
+    except UnexpectedAnswer:
+        return None
+
+
+def _is_too_slow(problem: ProblemError) -> bool:
+    """The service gave up on a body that did not come."""
+    errors = problem.extras.get("errors")
+    return isinstance(errors, list) and any(
+        isinstance(each, dict) and each.get("type") == "timeout" for each in errors
+    )

@@ -21,12 +21,19 @@ import sqlite3
 import struct
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Self
 
+from app.replication.image import (
+    PIECE_BYTES,
+    Image,
+    find_frames_blocking,
+    read_piece_blocking,
+    read_whole_blocking,
+)
 from app.replication.open_files import FileId, claim_blocking, disclaim, file_id
 from app.replication.plan import Carried
 from app.replication.wal_index import (
@@ -41,13 +48,12 @@ from app.replication.wal_index import (
     parse_log_salts,
 )
 
-PIECE_BYTES = 1024 * 1024
 LOOKED_THROUGH_BYTES = 64 * PIECE_BYTES
 HEADER_BYTES = 100
 MAGIC = b"SQLite format 3\x00"
 BUSY_SECONDS = 2.0
 WRITE_LOCK_PAUSE_SECONDS = 0.0005
-WRITE_LOCK_TRIES = 4000
+WRITE_LOCK_TRIES = 1000
 HAND_OVER_TRIES = 5
 INDEX_READS_MAX = 100
 SIDE_FILES = ("-wal", "-shm", "-journal")
@@ -62,26 +68,16 @@ class SourceProblem(Exception):
     """The file cannot be followed now; another try later may do better."""
 
 
+class SourceBusy(SourceProblem):
+    """Somebody else holds a lock."""
+
+
 class NotFollowable(Exception):
     """The file cannot be followed as it is: someone has to change something."""
 
 
 class LogMoved(Exception):
     """The log was restarted while it was read: the bytes are not those asked for."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Image:
-    """The database as of the end of `log`, readable while the lock is held."""
-
-    log: Log
-    page_count: int
-    frames_of_pages: Mapping[int, int]
-    """Pages whose content stands in the log: page number to frame number, from 0."""
-
-    @property
-    def content_bytes(self) -> int:
-        return self.page_count * self.log.page_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +131,7 @@ class Source:
             source._open(set_wal=set_wal)
         except sqlite3.Error as error:
             source.close_blocking()
-            raise SourceProblem(f"{path} cannot be opened: {error}") from error
+            raise _problem(f"{path} cannot be opened", error) from error
         except OSError as error:
             source.close_blocking()
             raise SourceProblem(f"{path} cannot be opened: {error.strerror}") from error
@@ -169,7 +165,10 @@ class Source:
     # --- the lock
 
     def take_lock_blocking(self) -> None:
-        """Raises SourceProblem."""
+        """Though a writer holds its own, if the log stands still. Raises SourceProblem."""
+        for _ in range(HAND_OVER_TRIES):
+            if self._is_handed_over(self._log_or_problem()):
+                return
         with self._writers_out():
             self._renew()
 
@@ -210,38 +209,52 @@ class Source:
         `offset` on are given out, and may be overwritten from now on. None if the log is another,
         is too long for that or does not stand still: nothing was done. Raises SourceProblem.
         """
+        for _ in range(HAND_OVER_TRIES):
+            before = self._log_or_problem()
+            if self.lock is None or before.salts != salts:
+                return None
+            if not 0 <= before.end - offset <= carried_bytes_max:
+                return None
+            try:
+                data = self.read_log_blocking(salts, offset, before.end)
+            except LogMoved:
+                return None
+            if self._is_handed_over(before):
+                return Carried(salts=salts, offset=offset, data=data)
+        return None
+
+    def _is_handed_over(self, before: Log) -> bool:
+        """The other tailer begins and this one ends, if the log stands as it did `before`: what is
+        the same before and behind is what the successor sees, for a log never stands again where it
+        stood once.
+        """
         successor = self._connections[1 - self._tailer_no]
         try:
-            for _ in range(HAND_OVER_TRIES):
-                before = self._log_or_problem()
-                if self.lock is None or before.salts != salts:
-                    return None
-                if not 0 <= before.end - offset <= carried_bytes_max:
-                    return None
-                data = self.read_log_blocking(salts, offset, before.end)
-                successor.execute("BEGIN")
-                successor.execute("PRAGMA schema_version").fetchone()
-                after = self._log_or_problem()
-                # what is the same before and behind is what the successor sees
-                if (after.salts, after.frames) == (before.salts, before.frames):
-                    self._rollback(self._tailer)
-                    self._tailer_no = 1 - self._tailer_no
-                    # as of before: were it copied only now, the successor would still read the log
-                    self.lock = replace(after, backfilled=before.backfilled)
-                    return Carried(salts=salts, offset=offset, data=data)
-                self._rollback(successor)
-        except LogMoved:
-            return None
+            successor.execute("BEGIN")
+            successor.execute("PRAGMA schema_version").fetchone()
+            after = self._log_or_problem()
+            if (after.salts, after.frames) != (before.salts, before.frames):
+                return False
+            self._rollback(self._tailer)
+            self._tailer_no = 1 - self._tailer_no
+            # as of before: were it copied only now, the successor would still read the log
+            self.lock = replace(after, backfilled=before.backfilled)
         except sqlite3.Error as error:
-            raise SourceProblem(f"{self.path}: {error}") from error
+            raise _problem(f"{self.path}", error) from error
+        else:
+            return True
         finally:
             self._rollback(self._connections[1 - self._tailer_no])
-        return None
 
     def backfill_blocking(self) -> None:
         """Without the lock: shortens a log that nobody else shortens."""
         with contextlib.suppress(sqlite3.Error):
             self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+
+    def mend_index_blocking(self) -> None:
+        """Who reads mends an index that a writer left half written when it was killed."""
+        with contextlib.suppress(sqlite3.Error):
+            self._checkpointer.execute("PRAGMA schema_version").fetchone()
 
     # --- the log
 
@@ -258,7 +271,7 @@ class Source:
         """Raises LogMoved. The log's index changes before its frames are overwritten, so looking
         at it behind the read tells whether the bytes are still those of `salts`.
         """
-        data = _read_whole(self._log_fd, end - offset, offset)
+        data = read_whole_blocking(self._log_fd, end - offset, offset)
         log = self.log_blocking()
         if log is None or log.salts != salts or log.end < end or len(data) < end - offset:
             raise LogMoved
@@ -281,51 +294,47 @@ class Source:
     def image_blocking(self) -> Image:
         """Takes the lock anew and fixes an image to it. Raises SourceProblem.
 
-        It is exact: with writers locked out, the end of the log is the state that the read
-        transaction sees. Pages with a frame in the log up to there are read from the log, which
-        the transaction keeps from being restarted. The others are read from the database file,
-        which a sqlite_checkpoint changes only by pages of the first kind, because it goes no
-        further than the oldest reader. If the whole log has been copied, the file alone is the
-        image: then the transaction reads the file, and SQLite lets nobody change it.
+        It is exact: the end of the log at the lock is the state that the read transaction sees.
+        Pages with a frame in the log up to there are read from the log, which the transaction
+        keeps from being restarted. The others are read from the database file, which a
+        sqlite_checkpoint changes only by pages of the first kind, because it goes no further than
+        the oldest reader. If the whole log has been copied, the file alone is the image: then the
+        transaction reads the file, and SQLite lets nobody change it.
         """
-        with self._writers_out():
-            # a log that is copied is restarted by the next write, and whoever follows this database
-            # after a break could not go on in it: so only one that is too long to be looked through
-            found = self._log_or_problem()
-            self._renew(passive_checkpoint=found.end > LOOKED_THROUGH_BYTES)
-            log = self._log_or_problem()
-            copied = log.backfilled >= log.frames
-            try:
-                (page_count,) = self._tailer.execute("PRAGMA page_count").fetchone()
-            except sqlite3.Error as error:
-                raise SourceProblem(f"{self.path}: {error}") from error
-            return Image(
-                log=log,
-                page_count=page_count,
-                frames_of_pages=MappingProxyType({} if copied else self._frames_of_pages(log)),
-            )
+        # a log that is copied is restarted by the next write, and whoever follows this database
+        # after a break could not go on in it: so only one that is too long to be looked through
+        if self._log_or_problem().end > LOOKED_THROUGH_BYTES:
+            self._renew_copied()
+        else:
+            self.take_lock_blocking()
+        log = self.lock
+        assert log is not None, "it was just taken"
+        try:
+            (page_count,) = self._tailer.execute("PRAGMA page_count").fetchone()
+        except sqlite3.Error as error:
+            raise _problem(f"{self.path}", error) from error
+        frames = {} if self._is_copied(log) else find_frames_blocking(self._log_fd, log)
+        return Image(log=log, page_count=page_count, frames_of_pages=MappingProxyType(frames))
+
+    def _renew_copied(self) -> None:
+        try:
+            with self._writers_out():
+                self._renew(passive_checkpoint=True)
+        except SourceBusy:
+            self.take_lock_blocking()
+
+    def _is_copied(self, log: Log) -> bool:
+        """Whether the transaction at the end of `log` reads the database file alone, or might as
+        well. A log that is another one by now had been copied. Looked at twice: a restart changes
+        the salts before it sets back how far the log is copied.
+        """
+        looks = (self._log_or_problem(), self._log_or_problem())
+        return any(each.salts != log.salts or each.backfilled >= log.frames for each in looks)
 
     def read_image_blocking(self, image: Image, offset: int) -> bytes:
         """At most a piece of it; nothing at its end. The lock is held since `image` was made."""
         assert self.lock is not None, "an image is as good as its lock"
-        count = min(PIECE_BYTES, image.content_bytes - offset)
-        data = _read_whole(self._database_fd, count, offset)
-        # a page behind the end of the file reads as zeros, as it does in SQLite
-        data += bytes(count - len(data))
-        return self._with_frames(data, image, offset) if image.frames_of_pages else data
-
-    def _with_frames(self, data: bytes, image: Image, offset: int) -> bytes:
-        """Pages that have one stand in the log."""
-        page_size = image.log.page_size
-        newest = bytearray(data)
-        first = offset // page_size + 1
-        for page_no in range(first, first + len(data) // page_size):
-            frame = image.frames_of_pages.get(page_no)
-            if frame is not None:
-                at = LOG_HEADER_BYTES + frame * image.log.frame_bytes + FRAME_HEADER_BYTES
-                start = (page_no - first) * page_size
-                newest[start : start + page_size] = _read_whole(self._log_fd, page_size, at)
-        return bytes(newest)
+        return read_piece_blocking(self._database_fd, self._log_fd, image, offset)
 
     # --- inside
 
@@ -341,8 +350,7 @@ class Source:
             self._switch_to_wal(set_wal)
         guard = self._connect("rw")
         # makes -wal and -shm where they are missing, and recovers them after a crash
-        guard.execute("BEGIN IMMEDIATE")
-        guard.execute("ROLLBACK")
+        guard.execute("PRAGMA schema_version").fetchone()
         guard.execute("PRAGMA busy_timeout=0")
         self._index_fd = os.open(f"{self.path}-shm", os.O_RDONLY | os.O_CLOEXEC)
         self._log_fd = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
@@ -412,16 +420,14 @@ class Source:
         application that writes without a pause.
         """
         pause = threading.Event()
-        for attempt in range(WRITE_LOCK_TRIES):
+        for attempt in range(1, WRITE_LOCK_TRIES + 1):
             try:
                 self._guard.execute("BEGIN IMMEDIATE")
-            except sqlite3.OperationalError as error:
-                is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
-                if not is_busy or attempt == WRITE_LOCK_TRIES - 1:
-                    raise SourceProblem(f"{self.path}: {error}") from error
-                pause.wait(WRITE_LOCK_PAUSE_SECONDS)
             except sqlite3.Error as error:
-                raise SourceProblem(f"{self.path}: {error}") from error
+                problem = _problem(f"{self.path}", error)
+                if not isinstance(problem, SourceBusy) or attempt == WRITE_LOCK_TRIES:
+                    raise problem from error
+                pause.wait(WRITE_LOCK_PAUSE_SECONDS)
             else:
                 return
 
@@ -436,7 +442,7 @@ class Source:
             self.lock = self._log_or_problem()
         except sqlite3.Error as error:
             self.let_go_blocking()
-            raise SourceProblem(f"{self.path}: {error}") from error
+            raise _problem(f"{self.path}", error) from error
         except SourceProblem:
             self.let_go_blocking()
             raise
@@ -447,34 +453,13 @@ class Source:
             raise SourceProblem(f"{self.path}-shm is being rebuilt")
         return log
 
-    def _frames_of_pages(self, log: Log) -> dict[int, int]:
-        """The last frame of each page of the database."""
-        found: dict[int, int] = {}
-        per_read = max(1, 4 * PIECE_BYTES // log.frame_bytes)
-        numbers = struct.Struct(f">I{log.frame_bytes - 4}x")
-        for first in range(0, log.frames, per_read):
-            count = min(per_read, log.frames - first)
-            data = _read_whole(
-                self._log_fd, count * log.frame_bytes, LOG_HEADER_BYTES + first * log.frame_bytes
-            )
-            pages = (page_no for (page_no,) in numbers.iter_unpack(data))
-            found.update(zip(pages, range(first, first + count), strict=True))
-        return found
-
     def _rollback(self, connection: sqlite3.Connection) -> None:
         with contextlib.suppress(sqlite3.Error):
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
 
 
-def _read_whole(descriptor: int, count: int, offset: int) -> bytes:
-    """Less than `count` only at the end of the file."""
-    pieces: list[bytes] = []
-    while count > 0:
-        piece = os.pread(descriptor, count, offset)
-        if not piece:
-            break
-        pieces.append(piece)
-        count -= len(piece)
-        offset += len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+def _problem(what: str, error: sqlite3.Error) -> SourceProblem:
+    code = getattr(error, "sqlite_errorcode", None)
+    is_busy = code is not None and code & 0xFF == sqlite3.SQLITE_BUSY
+    return (SourceBusy if is_busy else SourceProblem)(f"{what}: {error}")

@@ -13,9 +13,11 @@ A configuration is TOML, a list of:
                                     # directory's name
 
 Relative paths start from the configuration's own directory. In a directory every SQLite database
-that matches is followed, also one that is made later.
+that matches is followed, also one that is made later. One that is listed as a file, too, goes where
+that says.
 """
 
+import os
 import re
 import tomllib
 from dataclasses import dataclass
@@ -59,6 +61,10 @@ class Found:
     targets: tuple[Target, ...]
     unnamed: tuple[tuple[Path, str], ...]
     """Files that match, and why they have no database to go to."""
+    directories: frozenset[Path]
+    """Where files may come and go: what is watched besides the files' own directories."""
+    unreadable: tuple[tuple[Path, str], ...]
+    """Directories, and why nobody knows what is in them."""
 
 
 def rule_for(path: Path, database: str) -> Rule:
@@ -82,38 +88,56 @@ def load_rules_blocking(config: Path) -> list[Rule]:
     entries = document.get("follow")
     if set(document) != {"follow"} or not isinstance(entries, list) or not entries:
         raise BadTargets(f"{config} must hold [[follow]] entries and nothing else")
-    return [
+    rules = [
         _rule(entry, config.parent, f"{config}, entry {number}")
         for number, entry in enumerate(entries, 1)
     ]
+    files = [rule.path for rule in rules if isinstance(rule, FileRule)]
+    for path in files:
+        if files.count(path) > 1:
+            raise BadTargets(f"{config} lists {path} twice")
+    return rules
 
 
 def find_targets_blocking(rules: list[Rule]) -> Found:
     """The files as they are now."""
     targets: dict[Path, Target] = {}
-    unnamed: list[tuple[Path, str]] = []
-    for rule in rules:
-        for path in _paths(rule):
-            stem = path.name if path.name.startswith(".") else path.name.split(".")[0]
-            values = {"stem": stem.lower(), "parent": path.parent.name.lower()}
-            name = _FIELD.sub(lambda match: values[match[1]], rule.database)  # noqa: B023
-            parts = split_name(name)
+    unnamed: dict[Path, str] = {}
+    unreadable: dict[Path, str] = {}
+    watched: set[Path] = set()
+    # a file that is listed has the name that it is given there
+    for rule in sorted(rules, key=lambda each: isinstance(each, DirectoryRule)):
+        try:
+            paths = _paths(rule)
+            watched |= _directories(rule)
+        except OSError as error:
+            unreadable[rule.path] = error.strerror or str(error)
+            continue
+        for path in paths:
+            parts = split_name(name := _name_of(path, rule))
             if parts is None:
-                unnamed.append((path, f"{name!r} is no name of a database"))
+                unnamed[path] = f"{name!r} is no name of a database; --config can give `file` one"
             elif path not in targets:
                 targets[path] = Target(path=path, tenant=parts[0], database=parts[1])
-    return Found(targets=tuple(targets.values()), unnamed=tuple(unnamed))
+    return Found(
+        targets=tuple(targets.values()),
+        unnamed=tuple((path, why) for path, why in unnamed.items() if path not in targets),
+        directories=frozenset(watched),
+        unreadable=tuple(unreadable.items()),
+    )
 
 
-def directories(rules: list[Rule]) -> set[Path]:
-    """Where files may come and go: what is watched besides the files' own directories."""
-    found: set[Path] = set()
-    for rule in rules:
-        if isinstance(rule, DirectoryRule) and rule.path.is_dir():
-            found.add(rule.path)
-            if "/" in rule.pattern:
-                found |= {path for path in rule.path.iterdir() if path.is_dir()}
-    return found
+def _name_of(path: Path, rule: Rule) -> str:
+    stem = path.name if path.name.startswith(".") else path.name.split(".")[0]
+    values = {"stem": stem.lower(), "parent": path.parent.name.lower()}
+    return _FIELD.sub(lambda match: values[match[1]], rule.database)
+
+
+def _directories(rule: Rule) -> set[Path]:
+    if not isinstance(rule, DirectoryRule) or not rule.path.is_dir():
+        return set()
+    below = {path for path in rule.path.iterdir() if path.is_dir()} if "/" in rule.pattern else {}
+    return {rule.path, *below}
 
 
 def split_name(text: str) -> tuple[str, str] | None:
@@ -138,6 +162,8 @@ def _paths(rule: Rule) -> list[Path]:
 def _rule(entry: Any, base: Path, where: str) -> Rule:
     if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
         raise BadTargets(f"{where}: every value is a string")
+    if any("\0" in value for value in entry.values()):
+        raise BadTargets(f"{where}: a value holds a zero byte")
     if unknown := set(entry) - _KEYS:
         raise BadTargets(f"{where}: unknown {', '.join(sorted(unknown))}")
     if ("file" in entry) == ("directory" in entry):
@@ -166,4 +192,8 @@ def _directory_rule(path: Path, pattern: str, template: str) -> DirectoryRule:
         raise BadTargets(f"{template!r} is not TENANT/DATABASE")
     if not pattern or Path(pattern).is_absolute():
         raise BadTargets(f"the pattern {pattern!r} is not one of names within the directory")
+    try:
+        next(iter(Path(os.devnull).glob(pattern)), None)
+    except ValueError as error:
+        raise BadTargets(f"the pattern {pattern!r} is none: {error}") from error
     return DirectoryRule(path=path, pattern=pattern, database=template)

@@ -25,7 +25,10 @@ Checked = Callable[[sqlite3.Connection], None]
 
 class Refusal(Exception):
     def __init__(self, status: int, code: str, **extras: Any) -> None:
-        self.status, self.code, self.extras = status, code, extras
+        self.status, self.code = status, code
+        wait = extras.pop("retry_after", None)
+        self.headers = {} if wait is None else {"Retry-After": str(wait)}
+        self.extras = extras
 
 
 class Sums:
@@ -106,6 +109,8 @@ class StubLibsql:
         self._stopped = threading.Event()
         self.drop_answers = 0
         """So many pushes take effect and are not answered."""
+        self.refuses: Callable[[str, str, int], Refusal | None] = lambda *_: None
+        """Takes method, path and the body's length, before anything is done."""
         self._port = port
         self._checked = checked
         self._lock = threading.RLock()
@@ -161,10 +166,10 @@ class StubLibsql:
         if len(body) < length:
             return
         try:
-            with self._lock:
-                status, answer, headers = self._answer(request, url.path, query, body)
+            status, answer, headers = self._answer_or_refuse(request, url.path, query, body)
         except Refusal as refusal:
             status, headers = refusal.status, {"Content-Type": "application/problem+json"}
+            headers |= refusal.headers
             answer = json.dumps(
                 {"code": refusal.code, "status": status, "title": refusal.code, **refusal.extras}
             ).encode()
@@ -188,6 +193,14 @@ class StubLibsql:
             request.wfile.flush()
             self.stalled.set()
             self._stopped.wait()
+
+    def _answer_or_refuse(
+        self, request: BaseHTTPRequestHandler, path: str, query: dict[str, str], body: bytes
+    ) -> tuple[int, bytes, dict[str, str]]:
+        if refusal := self.refuses(request.command, path, len(body)):
+            raise refusal
+        with self._lock:
+            return self._answer(request, path, query, body)
 
     def _answer(
         self, request: BaseHTTPRequestHandler, path: str, query: dict[str, str], body: bytes

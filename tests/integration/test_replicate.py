@@ -1,192 +1,33 @@
-"""`replicate` and `restore` against real SQLite writers and a stub of the service.
-
-The database files are read here only when nothing of this process follows them: closing a
-descriptor of theirs would drop SQLite's locks.
-"""
+"""`replicate` and `restore` against real SQLite writers and a stub of the service."""
 
 import asyncio
 import json
-import os
 import signal
 import sqlite3
-import subprocess
-import sys
-import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing
-from functools import partial
-from pathlib import Path
-from typing import Any
+from contextlib import closing
 
 import pytest
 
-from app.client import BopClient, RetryPolicy
-from app.replication.events import Event
-from app.replication.fleet import Fleet
-from app.replication.follower import IDLE_SECONDS
+from app.replication.bell import IDLE_SECONDS
 from app.replication.plan import MIB, Limits
-from app.replication.targets import rule_for
 from tests.helpers import sqlite_writer
+from tests.helpers.following import (
+    NAME,
+    Process,
+    assert_equal,
+    committed,
+    followed,
+    log_bytes,
+    rename_database,
+    replace_database,
+    replace_link,
+    replicate,
+    restore,
+    wait_until,
+    write,
+)
 from tests.helpers.ports import free_port
-from tests.helpers.stub_libsql import StubLibsql, look_into
-from tests.helpers.wait import wait_until as wait_until_within
-
-ROOT = Path(__file__).parents[2]
-NAME = "acme/main"
-wait_until = partial(wait_until_within, timeout=60)  # for a machine that is busy with other things
-
-
-class Process:
-    """A child whose lines of output are kept."""
-
-    def __init__(self, log: Path, *arguments: str) -> None:
-        self._log = log
-        with log.open("wb") as output:
-            self._child = subprocess.Popen(
-                [sys.executable, *arguments], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
-            )
-
-    def lines(self) -> list[str]:
-        return self._log.read_text().splitlines()
-
-    def events(self, kind: str) -> list[dict[str, Any]]:
-        # the last line may be half written
-        whole = [line for line in self._log.read_text().split("\n")[:-1] if line.startswith("{")]
-        return [event for line in whole if (event := json.loads(line)).get("event") == kind]
-
-    def end(self, number: int = signal.SIGKILL) -> int:
-        if self._child.poll() is None:
-            self._child.send_signal(number)
-        return self._child.wait(timeout=30)
-
-    def wait(self) -> int:
-        return self._child.wait(timeout=60)
-
-
-@pytest.fixture
-def processes() -> Iterator[list[Process]]:
-    started: list[Process] = []
-    yield started
-    for process in started:
-        process.end()
-
-
-@pytest.fixture
-def stub() -> Iterator[StubLibsql]:
-    with StubLibsql(free_port()) as stub:
-        yield stub
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Path:
-    path = tmp_path / "app.db"
-    sqlite_writer.prepare(str(path), 4096)
-    return path
-
-
-class Followed:
-    """A fleet of one database in this process, and what it told."""
-
-    def __init__(self, fleet: Fleet, told: list[Event]) -> None:
-        self.fleet = fleet
-        self.told = told
-
-    def kinds(self) -> list[str]:
-        return [event.event for event in self.told]
-
-    def reasons(self) -> list[object]:
-        return [e.members["reason"] for e in self.told if e.event == "image_sending"]
-
-
-@asynccontextmanager
-async def followed(
-    path: Path, url: str, *, limits: Limits | None = None, name: str = NAME
-) -> AsyncIterator[Followed]:
-    told: list[Event] = []
-    async with BopClient(url, retry=RetryPolicy(attempts_max=1)) as client:
-        fleet = Fleet([rule_for(path, name)], client, tell=told.append, limits=limits)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(fleet.run(once=False))
-            try:
-                yield Followed(fleet, told)
-            finally:
-                fleet.stop()
-
-
-def write(
-    tmp_path: Path,
-    path: Path,
-    *,
-    kinds: str,
-    count: int,
-    page_size: int = 4096,
-    pause_ms: int = 2,
-) -> Process:
-    return Process(
-        tmp_path / f"writer-{os.urandom(4).hex()}",
-        str(ROOT / "tests/helpers/sqlite_writer.py"),
-        str(path),
-        str(page_size),
-        kinds,
-        str(count),
-        "7",
-        str(pause_ms),
-    )
-
-
-def replicate(tmp_path: Path, path: Path, url: str, *options: str) -> Process:
-    return Process(
-        tmp_path / f"replicate-{os.urandom(4).hex()}",
-        *("-m", "app.cli.main", "replicate", str(path), NAME),
-        *("--url", url, "--output", "json", *options),
-    )
-
-
-def committed(stub: StubLibsql, name: str = NAME) -> int:
-    """The last transaction that the stub has."""
-    found = stub.databases.get(name)
-    if found is None or not found.page_count:
-        return -1
-    if _counted.get(id(found), (0, 0))[0] != found.last_lsn:
-        with tempfile.NamedTemporaryFile() as file:
-            lsn, image = found.last_lsn, found.image()
-            Path(file.name).write_bytes(image)
-            with closing(sqlite3.connect(f"file:{file.name}?immutable=1", uri=True)) as connection:
-                (count,) = connection.execute("SELECT coalesce(max(tx), 0) FROM done").fetchone()
-            _counted[id(found)] = (lsn, count)
-    return _counted[id(found)][1]
-
-
-_counted: dict[int, tuple[int, int]] = {}
-"""What `committed` found, and at which LSN."""
-
-
-def log_bytes(path: Path) -> int:
-    return Path(f"{path}-wal").stat().st_size
-
-
-def replace_database(path: Path, other: Path) -> None:
-    for suffix in ("-wal", "-shm"):
-        Path(f"{path}{suffix}").unlink()
-    other.rename(path)
-
-
-def replace_link(link: Path, other: Path) -> None:
-    other.rename(link)
-
-
-def rename_database(old: Path, new: Path) -> None:
-    for suffix in ("-wal", "-shm", ""):
-        Path(f"{old}{suffix}").rename(f"{new}{suffix}")
-
-
-def assert_equal(stub: StubLibsql, path: Path, name: str = NAME) -> None:
-    """Page for page, once nobody has the file open."""
-    assert stub.failures == []
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    assert stub.databases[name].image() == path.read_bytes()
-    look_into(stub.databases[name].image(), sqlite_writer.checked)
+from tests.helpers.stub_libsql import StubLibsql
 
 
 @pytest.mark.parametrize(
@@ -558,7 +399,7 @@ async def test_restore_gives_the_file_back(tmp_path, database, stub, processes, 
         await wait_until(lambda: committed(stub) == 20)
     stub.image_cut = cut
     target = tmp_path / "back.db"
-    done = _restore(tmp_path, stub, target, "--check")
+    done = restore(tmp_path, stub, target, "--check")
     processes.append(done)
     assert await asyncio.to_thread(done.wait) == 0, done.lines()
     assert target.read_bytes() == stub.databases[NAME].image()
@@ -573,7 +414,7 @@ async def test_an_interrupted_restore_ends_at_once_and_leaves_nothing(
         await wait_until(lambda: committed(stub) == 0)
     stub.image_cut, stub.is_stalling = 5000, True
     target = tmp_path / "back.db"
-    interrupted = _restore(tmp_path, stub, target)
+    interrupted = restore(tmp_path, stub, target)
     processes.append(interrupted)
     await wait_until(stub.stalled.is_set)
     await wait_until(lambda: any(path.stat().st_size for path in tmp_path.glob(".back*")))
@@ -590,13 +431,13 @@ async def test_restore_replaces_nothing_unasked_and_all_when_forced(
     target = tmp_path / "back.db"
     old_log = tmp_path / "back.db-wal"
     old_log.write_bytes(b"old")
-    refused = _restore(tmp_path, stub, target)
+    refused = restore(tmp_path, stub, target)
     processes.append(refused)
     assert await asyncio.to_thread(refused.wait) == 1
     assert not target.exists()
     assert old_log.read_bytes() == b"old"
     target.write_bytes(b"old")
-    forced = _restore(tmp_path, stub, target, "--force")
+    forced = restore(tmp_path, stub, target, "--force")
     processes.append(forced)
     assert await asyncio.to_thread(forced.wait) == 0, forced.lines()
     assert target.read_bytes() == stub.databases[NAME].image()
@@ -609,15 +450,7 @@ async def test_restore_refuses_a_damaged_image(tmp_path, database, stub, process
     held = stub.databases[NAME]
     held.pages[2] = b"\xff" * held.page_size
     target = tmp_path / "back.db"
-    refused = _restore(tmp_path, stub, target)
+    refused = restore(tmp_path, stub, target)
     processes.append(refused)
     assert await asyncio.to_thread(refused.wait) == 1
     assert not target.exists()
-
-
-def _restore(tmp_path: Path, stub: StubLibsql, target: Path, *options: str) -> Process:
-    return Process(
-        tmp_path / f"restore-{os.urandom(4).hex()}",
-        *("-m", "app.cli.main", "restore", NAME, "-o", str(target)),
-        *("--url", stub.url, "--output", "json", *options),
-    )

@@ -96,6 +96,16 @@ async def test_answers_that_are_no_problem_and_no_json_are_told_as_such(clock):
             await client.operations.readiness()
 
 
+async def test_an_answer_that_cannot_be_decoded_is_no_traceback():
+    def proxy(_request):
+        stream = httpx.ByteStream(b"this is no gzip")
+        return httpx.Response(200, headers={"Content-Encoding": "gzip"}, stream=stream)
+
+    async with BopClient("http://bop.test", transport=httpx.MockTransport(proxy)) as client:
+        with pytest.raises(UnexpectedAnswer, match="not in the coding"):
+            await client.databases.get("acme", "events")
+
+
 async def test_token_is_sent(api):
     api.token = "secret"
     async with BopClient("http://bop.test", "secret", transport=api.transport()) as client:

@@ -6,12 +6,21 @@ import httpx
 import pytest
 
 from app.client import BopClient, ProblemError, RetryPolicy
+from app.replication import replica as module
 from app.replication.plan import Limits, Position
-from app.replication.replica import GAPS_MAX, Refused, Replica, Target
+from app.replication.replica import AWAY_SECONDS, GAPS_MAX, Refused, Replica, Target
+from app.replication.shares import Shares
 from app.replication.wal_index import Log
 
 FRAME = 4096 + 24
 LOG = Log(salts=(7, 70), page_size=4096, frames=40, page_count=9, checksums=(1, 2), backfilled=0)
+DESCRIBED = {
+    "tenant": "acme", "database": "a", "db_id": 1, "engine": "libsql", "page_size": 4096,
+    "chunk_bytes": 65536, "compression": "zstd", "state": "active", "generation": 0,
+    "first_lsn": 1, "next_lsn": 10, "checkpointed_lsn": 0, "page_count": 9, "wal_bytes": 0,
+    "created_at": "2026-01-01T00:00:00Z", "forked_from": None,
+    "health": {"state": "ok", "lost_from_lsn": None},
+}  # fmt: skip
 LIMITS = Limits(request_bytes=2 * FRAME, request_bytes_max=8 * FRAME)
 
 
@@ -71,8 +80,11 @@ async def replica(service, told):
     )
     async with client:
         target = Target(path=Path("a.db"), tenant="acme", database="a")
-        replica = Replica(target, client, tell=told.append, limits=LIMITS)
+        replica = Replica(
+            target, client, tell=told.append, limits=LIMITS, shares=Shares(carried_bytes=0)
+        )
         replica.position = replica.confirmed = Position(last_lsn=4, salts=LOG.salts, offset=at(4))
+        replica.status.last_lsn = 4
         yield replica
 
 
@@ -127,23 +139,73 @@ async def test_an_answer_that_does_not_come_leaves_the_place_unknown(replica, se
 
 async def test_what_the_service_is_back_with_counts(replica, service, told):
     replica.go_away("so")
-    described = {
-        "tenant": "acme", "database": "a", "db_id": 1, "engine": "libsql", "page_size": 4096,
-        "chunk_bytes": 65536, "compression": "zstd", "state": "active", "generation": 0,
-        "first_lsn": 1, "next_lsn": 10, "checkpointed_lsn": 0, "page_count": 9, "wal_bytes": 0,
-        "created_at": "2026-01-01T00:00:00Z", "forked_from": None,
-        "health": {"state": "ok", "lost_from_lsn": None},
-    }  # fmt: skip
     place = {"last_lsn": 9, "offset": at(9), "salt1": 7, "salt2": 70}
     service.answers = [
-        httpx.Response(200, json=described),
-        httpx.Response(200, json=described),
+        httpx.Response(200, json=DESCRIBED),
+        httpx.Response(200, json=DESCRIBED),
         problem(409, "wal_gap", **place, checksum1=3, checksum2=4),
     ]
     await replica.ask_position(LOG)
     assert replica.position == Position(last_lsn=9, salts=LOG.salts, offset=at(9), checksums=(3, 4))
-    assert not replica.is_away
+    assert not replica.is_away, "what was not answered had taken effect"
     assert [event.event for event in told] == ["service_away", "service_back"]
+
+
+async def test_a_service_that_answers_and_takes_nothing_is_asked_ever_less(replica, service):
+    waits = []
+    for _ in AWAY_SECONDS:
+        service.answers = [problem(507, "quota_exhausted")]
+        replica.position = replica.confirmed
+        await judged(replica)
+        waits.append(round(replica.away_seconds, 2))
+        is_first = len(waits) == 1
+        service.answers = [
+            *(httpx.Response(200, json=DESCRIBED) for _ in range(1 + is_first)),
+            problem(409, "wal_gap", last_lsn=4, offset=at(4), salt1=7, salt2=70),
+        ]
+        await replica.ask_position(LOG)
+    assert waits == pytest.approx(AWAY_SECONDS, abs=0.05)
+    assert not replica.is_given_up
+    replica.position = replica.confirmed
+    service.answers = [problem(507, "quota_exhausted")]
+    await judged(replica)
+    assert replica.is_given_up
+
+
+async def test_a_body_that_is_too_large_is_halved(replica, service, monkeypatch):
+    """The service's limit may be lower than the usual request, and a proxy's, too."""
+    monkeypatch.setattr(module, "REQUEST_BYTES_MIN", FRAME)
+    service.answers = [problem(413, "body_too_large"), stored(5, before=4), stored(6, before=5)]
+    await judged(replica)
+    assert (replica.image_reason, replica.position) == (None, None)
+    for frames in (5, 6):
+        replica.position = replica.confirmed
+        assert await send(replica) == (frames, True)
+
+
+async def test_a_wal_gap_that_does_not_say_where_is_not_from_the_service(replica, service):
+    service.answers = [problem(409, "wal_gap")]
+    await judged(replica)
+    assert replica.is_away
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.Response(408, text="<html>"),
+        problem(422, "invalid_request", errors=[{"loc": ["body"], "msg": "", "type": "timeout"}]),
+    ],
+)
+async def test_a_body_that_came_too_slowly_is_sent_again(replica, service, answer):
+    service.answers = [answer]
+    await judged(replica)
+    assert replica.is_away
+
+
+async def test_what_a_proxy_shows_to_browsers_is_not_told(replica, service):
+    service.answers = [httpx.Response(403, text="<html>no</html>")]
+    with pytest.raises(Refused, match="no bop-checkpoint service: 403 Forbidden"):
+        await judged(replica)
 
 
 async def test_gaps_without_end_mean_an_image(replica, service):

@@ -1,5 +1,6 @@
 """One live file: the lock, the log, the image. All without a network."""
 
+import os
 import sqlite3
 import subprocess
 import sys
@@ -9,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from app.replication.source import LogMoved, NotFollowable, Source, SourceProblem
+from app.replication.source import (
+    LogMoved,
+    NotFollowable,
+    Source,
+    SourceBusy,
+    SourceProblem,
+)
 
 
 @pytest.fixture
@@ -173,13 +180,81 @@ def test_the_checksums_of_a_frame(source, application):
     assert source.checksums_at_blocking(log, 0) is None
 
 
-def test_a_busy_writer_is_waited_for_in_vain(source, application, monkeypatch):
+def test_a_writer_that_keeps_its_lock_is_in_the_way_of_a_checkpoint_alone(
+    source, application, monkeypatch
+):
     monkeypatch.setattr("app.replication.source.WRITE_LOCK_TRIES", 3)
+    insert(application)
+    expected = content(application)
     application.execute("BEGIN IMMEDIATE")
-    with pytest.raises(SourceProblem, match="locked"):
-        source.image_blocking()
-    assert source.lock is not None, "the lock that was held is held on"
+    application.execute("INSERT INTO t VALUES (randomblob(3000))")
+    log, lock = source.log_blocking(), source.lock
+    with pytest.raises(SourceBusy, match="locked"):
+        source.sqlite_checkpoint_blocking(salts=log.salts, offset=log.end, carried_bytes_max=0)
+    assert source.lock is lock, "the lock that was held is held on"
+    image, got = image_of(source)
+    assert (image.log.end, got) == (log.end, expected)
+    source.let_go_blocking()
+    source.take_lock_blocking()
+    assert source.lock == log
     application.execute("ROLLBACK")
+
+
+def test_a_writer_without_a_pause_is_kept_out_for_a_moment(source, application, monkeypatch):
+    """Where the log never stands still, the lock is taken with writers locked out."""
+    insert(application)
+    source.let_go_blocking()
+    look = source.log_blocking
+
+    def look_and_write():
+        try:
+            insert(application)
+        except sqlite3.OperationalError as error:
+            assert error.sqlite_errorcode == sqlite3.SQLITE_BUSY  # noqa: PT017
+        return look()
+
+    monkeypatch.setattr(source, "log_blocking", look_and_write)
+    source.take_lock_blocking()
+    monkeypatch.undo()
+    assert source.lock == source.log_blocking()
+
+
+def test_an_image_of_a_log_that_another_one_copies_and_restarts(source, application, monkeypatch):
+    """Between the lock and the look at the log that follows it."""
+    insert(application, 5)
+    log = source.log_blocking()
+    assert source.sqlite_checkpoint_blocking(salts=log.salts, offset=log.end, carried_bytes_max=0)
+    expected = content(application)
+    hand_over = source._is_handed_over
+
+    def hand_over_and_write(before):
+        done = hand_over(before)
+        insert(application, 20)
+        return done
+
+    monkeypatch.setattr(source, "_is_handed_over", hand_over_and_write)
+    image, got = image_of(source)
+    assert image.log.end == log.end
+    assert source.log_blocking().salts != log.salts, "it was restarted"
+    assert got == expected
+
+
+def test_a_log_that_was_cut_is_no_image(source, application, path):
+    insert(application, 5)
+    os.truncate(f"{path}-wal", source.log_blocking().end - 100)
+    with pytest.raises(OSError, match="cut"):
+        source.image_blocking()
+
+
+def test_an_index_that_is_half_written_is_mended(source, application, path):
+    first = os.pread(source._index_fd, 48, 0)
+    insert(application)
+    log = source.log_blocking()
+    index = os.open(f"{path}-shm", os.O_RDWR)  # left open: closing it drops SQLite's locks
+    os.pwrite(index, first, 0)
+    assert source.log_blocking() is None
+    source.mend_index_blocking()
+    assert source.log_blocking() == log
 
 
 def test_what_cannot_be_followed(tmp_path, path):

@@ -1,5 +1,8 @@
+import errno
+import os
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +70,12 @@ def test_a_list_of_files_directories_and_databases(tmp_path):
         ("[[follow]]\ndirectory = 'a'\npattern = '/*'\ndatabase = 'a/{stem}'", "the pattern '/"),
         ("[[follow]]\ndirectory = 'a'\ndatabase = 'a/b'", "must name each file"),
         ("[[follow]]\ndirectory = 'a'\ndatabase = 'a/{name}'", "must name each file"),
+        (
+            "[[follow]]\ndirectory = 'a'\npattern = '**.db'\ndatabase = 'a/{stem}'",
+            "pattern '\\*\\*",
+        ),
+        ('[[follow]]\nfile = "a\\u0000"\ndatabase = "a/b"', "zero byte"),
+        ("[[follow]]\nfile = 'a'\ndatabase = 'a/b'\n" * 2, "twice"),
         ("[[follow", "not TOML"),
     ],
 )
@@ -97,3 +106,41 @@ def test_what_is_followed_already_is_not_opened(tmp_path):
     assert len(found([rule_for(tmp_path, "acme")]).targets) == 2, "under whatever name"
     disclaim(claimed)
     assert not found([rule_for(tmp_path, "acme")]).targets
+
+
+def test_a_file_that_is_listed_goes_where_its_entry_says(tmp_path):
+    make(tmp_path / "dbs/a.db")
+    make(tmp_path / "dbs/Not a name.db")
+    config = tmp_path / "follow.toml"
+    config.write_text(
+        """
+        [[follow]]
+        directory = "dbs"
+        database = "acme/{stem}"
+        [[follow]]
+        file = "dbs/a.db"
+        database = "acme/main"
+        [[follow]]
+        file = "dbs/Not a name.db"
+        database = "acme/other"
+        """
+    )
+    what = found(load_rules_blocking(config))
+    assert [each.name for each in what.targets] == ["acme/main", "acme/other"]
+    assert not what.unnamed
+
+
+def test_a_directory_that_cannot_be_read_hides_no_other(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        make(tmp_path / f"{name}/{name}.db")
+    glob = Path.glob
+
+    def fail(path, pattern):
+        if path.name == "one":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return glob(path, pattern)
+
+    monkeypatch.setattr(Path, "glob", fail)
+    what = found([rule_for(tmp_path / name, "acme") for name in ("one", "two")])
+    assert [each.name for each in what.targets] == ["acme/two"]
+    assert what.unreadable == ((tmp_path / "one", "Input/output error"),)
