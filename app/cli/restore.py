@@ -1,5 +1,7 @@
 """`restore`: a database of the service as a SQLite file."""
 
+import asyncio
+import signal
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,6 +46,7 @@ def restore(
     moment = None if at is None else parse_moment(at)
     from app.client.images import Wanted  # noqa: PLC0415 - not on the way to --help
     from app.replication.restore import (  # noqa: PLC0415 - not on the way to --help
+        DatabaseInUse,
         RestoreFailed,
         TargetExists,
         existing,
@@ -51,6 +54,9 @@ def restore(
     from app.replication.restore import restore as run  # noqa: PLC0415 - as above
 
     async def work(client: "BopClient") -> "Restored":
+        task = asyncio.current_task()
+        assert task is not None, "it runs in one"
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         with session.screen.meter() as meter:
             return await run(
                 client,
@@ -78,11 +84,24 @@ def restore(
             "-shm and -journal. Nothing may have it open.",
             code="file_exists",
         ) from error
+    except DatabaseInUse as error:
+        raise Failure(
+            f"{error.path} is in use by process {error.pid or 'of another container'}.",
+            hint="Stop the application and 'replicate' first: they would go on writing to the file "
+            "that is replaced.",
+            code="database_in_use",
+        ) from error
     except RestoreFailed as error:
-        raise Failure(str(error), code=error.code) from error
+        raise Failure(str(error), hint=_hint(error.code, name), code=error.code) from error
     except OSError as error:
         raise Failure(
             f"{output} cannot be written: {error.strerror or error}.", code="file_error"
+        ) from error
+    except asyncio.CancelledError as error:
+        raise Failure(
+            "It was stopped.",
+            hint="The file has its name once it is whole, and not before.",
+            code="interrupted",
         ) from error
     if session.screen.as_json:
         session.screen.document(restored)
@@ -90,6 +109,15 @@ def restore(
     session.screen.text(
         f"Restored {name} to {output}: {restored.page_count} pages "
         f"({bytes_text(restored.bytes)}), LSN {restored.lsn}, generation {restored.generation}."
+    )
+
+
+def _hint(code: str, name: str) -> str:
+    if code == "empty_database":
+        return f"Send it something first: 'bop-checkpoint replicate SQLITE_FILE {name} --once'."
+    return (
+        f"Nothing was changed. See 'bop-checkpoint generations {name}', and take an earlier one "
+        "with --generation."
     )
 
 

@@ -2,8 +2,8 @@
 
 Invariants: the file holds one state, the one that its ETag names.
 Concurrency: a part is drained by a thread of its own, into its own place of the file.
-Retries: a part that breaks off goes on where it broke; if the database has moved on meanwhile, all
-begins anew.
+Retries: a part that breaks off goes on where it broke, also where the service was restarted; if the
+database has moved on meanwhile, all begins anew.
 Cancellation: the parts' threads are stopped and joined: none of them writes when this has ended.
 Crash: the file is not whole, and nobody knows it by its name.
 """
@@ -12,17 +12,20 @@ import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 
 import httpx
 
-from app.client import ProblemError, StreamBroken, UnexpectedAnswer
+from app.client import ProblemError, ServiceUnreachable, StreamBroken, UnexpectedAnswer
 from app.client.images import Body, ImageReader, ImageState
 
 PART_BYTES_MIN = 16 * 1024 * 1024
 PARTS_MAX = 4
 ALIGNED_BYTES = 1024 * 1024
 """The service reads in windows of so many."""
-BROKEN_MAX = 6
+BROKEN_MAX = 20
+"""Breaks in a row, without a byte between them: a service that is restarted takes its time."""
+CHANGED_MAX = 6
 SHOW_SECONDS = 0.1
 
 Progress = Callable[[int, int], None]
@@ -41,7 +44,7 @@ class _Changed(Exception):
 
 async def download(reader: ImageReader, descriptor: int, progress: Progress) -> ImageState:
     """The file is as long as the image when this returns. Raises ClientError, OSError."""
-    for _ in range(BROKEN_MAX):
+    for _ in range(CHANGED_MAX):
         state, parts = await _opened(reader)
         await asyncio.to_thread(os.ftruncate, descriptor, state.content_bytes)
         try:
@@ -49,7 +52,10 @@ async def download(reader: ImageReader, descriptor: int, progress: Progress) -> 
         except _Changed:
             continue
         return state
-    raise StreamBroken("Each time the connection broke off, the database had changed.")
+    raise StreamBroken(
+        "Each time the connection broke off, the database had changed; a generation or a snapshot "
+        "stays as it is."
+    )
 
 
 async def _opened(reader: ImageReader) -> tuple[ImageState, list[tuple[_Part, Body]]]:
@@ -114,25 +120,45 @@ async def _fill(
         _write_blocking(descriptor, piece, part.at)
         part.at += len(piece)
 
-    broken_count = 0
+    breaks = 0
+    opened: Body | None = body
     while True:
         before = part.at
-        try:
-            await _drained(body, take)
-        except httpx.TransportError as error:
-            broken_count = 1 if part.at > before else broken_count + 1
-            if broken_count >= BROKEN_MAX:
-                raise reader.unreachable(error) from error
+        failure = await _filled_on(reader, state, part, opened, take)
+        opened = None
         if part.at == part.end:
             return
-        if part.at == before:
-            await reader.back_off(attempt=max(1, broken_count))
-        try:
-            body = await reader.open_part(state, first=part.at, end=part.end)
-        except ProblemError as problem:
-            if _is_changed(problem):
-                raise _Changed from problem
+        if part.at > before:
+            breaks = 0
+            continue
+        breaks += 1
+        if breaks >= BROKEN_MAX:
+            raise failure or StreamBroken("The answers end before their end.")
+        await reader.back_off(attempt=breaks)
+
+
+async def _filled_on(
+    reader: ImageReader,
+    state: ImageState,
+    part: _Part,
+    body: Body | None,
+    take: Callable[[bytes], None],
+) -> Exception | None:
+    """What came in its way, and may not do so again."""
+    try:
+        body = body or await reader.open_part(state, first=part.at, end=part.end)
+        await _drained(body, take)
+    except httpx.TransportError as error:
+        return reader.unreachable(error)
+    except ServiceUnreachable as failure:
+        return failure
+    except ProblemError as problem:
+        if _is_changed(problem):
+            raise _Changed from problem
+        if problem.status != HTTPStatus.SERVICE_UNAVAILABLE:
             raise
+        return problem
+    return None
 
 
 def _is_changed(failure: BaseException) -> bool:

@@ -3,26 +3,34 @@
 Invariants: the target's name shows a whole, checked file or nothing new: the download goes to a
 file beside it, which is verified, made durable and then renamed.
 Concurrency: see `download`; then one thread makes the file durable while another one checks it.
-Cancellation: the unfinished file is removed.
+Cancellation: the unfinished file is removed; once the file is being put in its place, that ends.
 Crash: before the rename an unfinished `.NAME.….part` is left beside the target; with `replace`, a
-crash just before the rename may leave the old database without its WAL: what was to be dropped.
+crash just before the rename may leave the old database without its WAL, which then stands beside it
+as `.NAME.….part.old-wal`.
 """
 
 import asyncio
 import contextlib
+import errno
 import os
 import sqlite3
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVarTuple
 
 from app.client import BopClient
 from app.client.images import Wanted
 from app.replication.download import Progress, download
+from app.replication.posix_locks import user_blocking
 from app.replication.source import MAGIC, SIDE_FILES
 
+Ts = TypeVarTuple("Ts")
+
 _HEADER_BYTES = 100
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+"""What file systems without hard links say."""
 
 Check = Literal["quick", "full"]
 
@@ -31,6 +39,14 @@ class TargetExists(Exception):
     def __init__(self, path: Path) -> None:
         self.path = path
         super().__init__(f"{path} exists")
+
+
+class DatabaseInUse(Exception):
+    """Nothing was changed. Who has it open would go on writing to a file that has no name."""
+
+    def __init__(self, path: Path, pid: int) -> None:
+        self.path, self.pid = path, pid
+        super().__init__(f"{path} is in use by process {pid}")
 
 
 class RestoreFailed(Exception):
@@ -61,27 +77,30 @@ async def restore(
     replace: bool = False,
     progress: Progress,
 ) -> Restored:
-    """The file is durable under its name when this returns. With `replace` an existing database
-    and its -wal, -shm and -journal go; nothing may have it open. Raises TargetExists,
+    """The file is durable under its name when this returns. With `replace` an existing database,
+    the one that a link names, and its -wal, -shm and -journal go; nothing may have it open. Its
+    mode and, where that is allowed, its owner stay. Raises TargetExists, DatabaseInUse,
     RestoreFailed, ClientError, OSError.
     """
+    given = target
+    target = await asyncio.to_thread(_named_blocking, given, replace)
     await asyncio.to_thread(_refuse_existing_blocking, target, replace)
-    descriptor, name = await asyncio.to_thread(
-        tempfile.mkstemp, ".part", f".{target.name}.", target.parent
-    )
+    # at once: nothing can come between the file and its removal
+    descriptor, name = tempfile.mkstemp(".part", f".{target.name}.", target.parent)
     part = Path(name)
     try:
         try:
             async with client.images.reading(wanted) as reader:
                 state = await download(reader, descriptor, progress)
+            _take_over_owner(descriptor, target)
             page_size, page_count = await _durable_and_verified(descriptor, part, check)
         finally:
             os.close(descriptor)
-        await asyncio.to_thread(_put_in_place_blocking, part, target, replace)
+        await _to_its_end(_put_in_place_blocking, part, target, replace)
     finally:
         _remove_blocking(part)  # short, and also where the task was cancelled
     return Restored(
-        path=str(target),
+        path=str(given),
         bytes=state.content_bytes,
         page_size=page_size,
         page_count=page_count,
@@ -93,16 +112,38 @@ async def restore(
 
 async def _durable_and_verified(descriptor: int, part: Path, check: Check) -> tuple[int, int]:
     """Side by side: one waits for the disk, the other reads what is in memory still."""
-    durable, verified = await asyncio.gather(
-        asyncio.to_thread(os.fsync, descriptor),
-        asyncio.to_thread(_verify_blocking, part, check),
-        return_exceptions=True,
-    )
+    checks: list[sqlite3.Connection] = []
+    try:
+        durable, verified = await asyncio.gather(
+            asyncio.to_thread(os.fsync, descriptor),
+            asyncio.to_thread(_verify_blocking, part, check, checks.append),
+            return_exceptions=True,
+        )
+    except asyncio.CancelledError:
+        for connection in checks:
+            connection.interrupt()  # else nothing would end before the check does
+        raise
     if isinstance(durable, BaseException):
         raise durable
     if isinstance(verified, BaseException):
         raise verified
     return verified
+
+
+async def _to_its_end(function: Callable[[*Ts], None], *args: *Ts) -> None:
+    """In a thread; where it is cancelled meanwhile, the thread is waited for."""
+    future = asyncio.get_running_loop().run_in_executor(None, function, *args)
+    try:
+        await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait({future})
+        if not future.cancelled():
+            future.exception()  # seen here: the cancellation is what the caller is told
+        raise
+
+
+def _named_blocking(target: Path, replace: bool) -> Path:
+    return Path(os.path.realpath(target)) if replace else target
 
 
 def existing(target: Path) -> list[Path]:
@@ -116,10 +157,26 @@ def _refuse_existing_blocking(target: Path, replace: bool) -> None:
     if found and not replace:
         raise TargetExists(found[0])
     if target.is_dir():
-        raise TargetExists(target)
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    if (pid := user_blocking(target)) is not None:
+        raise DatabaseInUse(target, pid)
 
 
-def _verify_blocking(part: Path, check: Check) -> tuple[int, int]:
+def _take_over_owner(descriptor: int, target: Path) -> None:
+    """Who could use the old file can use the new one."""
+    try:
+        old = target.stat()
+    except FileNotFoundError:
+        os.fchmod(descriptor, 0o666 & ~_umask())
+        return
+    with contextlib.suppress(PermissionError):
+        os.fchown(descriptor, old.st_uid, old.st_gid)
+    os.fchmod(descriptor, old.st_mode & 0o777)
+
+
+def _verify_blocking(
+    part: Path, check: Check, begins: Callable[[sqlite3.Connection], None]
+) -> tuple[int, int]:
     """Page size and page count. Raises RestoreFailed."""
     content_bytes = part.stat().st_size
     with part.open("rb") as file:
@@ -137,6 +194,7 @@ def _verify_blocking(part: Path, check: Check) -> tuple[int, int]:
     pragma = "integrity_check" if check == "full" else "quick_check"
     try:
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+            begins(connection)
             connection.execute(f"PRAGMA mmap_size = {content_bytes}")  # twice as fast
             rows = connection.execute(f"PRAGMA {pragma}").fetchmany(3)
     except sqlite3.Error as error:
@@ -148,21 +206,48 @@ def _verify_blocking(part: Path, check: Check) -> tuple[int, int]:
 
 
 def _put_in_place_blocking(part: Path, target: Path, replace: bool) -> None:
-    """An old -wal would be replayed into the new file: it goes first, and durably."""
-    part.chmod(0o666 & ~_umask())
+    _refuse_existing_blocking(target, replace)
     if replace:
+        _replace_blocking(part, target)
+    else:
+        _link_blocking(part, target)
+    _sync_directory(target.parent)
+
+
+def _replace_blocking(part: Path, target: Path) -> None:
+    """An old -wal would be replayed into the new file: it goes first, and durably; and comes back
+    if the new file cannot take the old one's name.
+    """
+    aside: list[tuple[Path, Path]] = []
+    try:
         for suffix in SIDE_FILES:
-            Path(f"{target}{suffix}").unlink(missing_ok=True)
+            old, moved = Path(f"{target}{suffix}"), Path(f"{part}.old{suffix}")
+            with contextlib.suppress(FileNotFoundError):
+                old.rename(moved)
+                aside.append((old, moved))
         _sync_directory(target.parent)
         part.replace(target)
-    else:
-        _refuse_existing_blocking(target, replace)
-        try:
-            os.link(part, target)  # unlike a rename, it does not replace what came meanwhile
-        except FileExistsError as error:
-            raise TargetExists(target) from error
-        part.unlink()
+    except BaseException:
+        for old, moved in reversed(aside):
+            moved.rename(old)
+        raise
     _sync_directory(target.parent)
+    for _, moved in aside:
+        moved.unlink(missing_ok=True)
+
+
+def _link_blocking(part: Path, target: Path) -> None:
+    """Unlike a rename, this does not replace what came meanwhile."""
+    try:
+        os.link(part, target)
+    except FileExistsError as error:
+        raise TargetExists(target) from error
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        part.rename(target)
+    else:
+        part.unlink()
 
 
 def _remove_blocking(part: Path) -> None:

@@ -15,11 +15,8 @@ of them does so by itself.
 """
 
 import contextlib
-import fcntl
 import os
 import sqlite3
-import struct
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -36,6 +33,7 @@ from app.replication.image import (
 )
 from app.replication.open_files import FileId, claim_blocking, disclaim, file_id
 from app.replication.plan import Carried
+from app.replication.posix_locks import holder
 from app.replication.wal_index import (
     FRAME_HEADER_BYTES,
     INDEX_BYTES,
@@ -58,8 +56,6 @@ HAND_OVER_TRIES = 5
 INDEX_READS_MAX = 100
 SIDE_FILES = ("-wal", "-shm", "-journal")
 
-# struct flock of Linux: l_type, l_whence, l_start, l_len, l_pid
-_flock = struct.Struct("hhqqi0q")
 _WRITE_LOCK_BYTE, _CHECKPOINT_LOCK_BYTE = 120, 121
 """Of -shm: who writes, and who runs a sqlite_checkpoint (https://sqlite.org/walformat.html)."""
 
@@ -196,10 +192,8 @@ class Source:
         """The other process that runs a sqlite_checkpoint with writers locked out, if one does: it
         is to restart the log, and waits for readers. None where that cannot be told.
         """
-        if sys.platform != "linux":
-            return None
-        writer = self._holder(_WRITE_LOCK_BYTE)
-        return writer if writer == self._holder(_CHECKPOINT_LOCK_BYTE) else None
+        writer = holder(self._index_fd, _WRITE_LOCK_BYTE)
+        return writer if writer == holder(self._index_fd, _CHECKPOINT_LOCK_BYTE) else None
 
     def step_aside_blocking(
         self, *, salts: Salts, offset: int, carried_bytes_max: int
@@ -361,16 +355,6 @@ class Source:
         # opened now, so that a file that is moved later is not opened anew by its name
         for connection in self._connections:
             connection.execute("PRAGMA schema_version").fetchone()
-
-    def _holder(self, byte: int) -> int | None:
-        """The process that holds an exclusive lock on it; this one's own do not count."""
-        asked = _flock.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0)
-        try:
-            answer = fcntl.fcntl(self._index_fd, fcntl.F_GETLK, asked)
-        except OSError:
-            return None
-        kind, _, _, _, pid = _flock.unpack(answer)
-        return None if kind == fcntl.F_UNLCK else pid
 
     def _switch_to_wal(self, set_wal: bool) -> None:
         if not set_wal:

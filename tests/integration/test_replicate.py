@@ -407,8 +407,9 @@ async def test_restore_gives_the_file_back(tmp_path, database, stub, processes, 
     assert [path.name for path in tmp_path.glob(".back*")] == []
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 1)])
 async def test_an_interrupted_restore_ends_at_once_and_leaves_nothing(
-    tmp_path, database, stub, processes
+    tmp_path, database, stub, processes, number, code
 ):
     async with followed(database, stub.url):
         await wait_until(lambda: committed(stub) == 0)
@@ -418,7 +419,7 @@ async def test_an_interrupted_restore_ends_at_once_and_leaves_nothing(
     processes.append(interrupted)
     await wait_until(stub.stalled.is_set)
     await wait_until(lambda: any(path.stat().st_size for path in tmp_path.glob(".back*")))
-    assert interrupted.end(signal.SIGINT) != 0, "within its time, though the service says nothing"
+    assert interrupted.end(number) == code, "within its time, though the service says nothing"
     assert not target.exists()
     assert list(tmp_path.glob(".back*")) == []
 
@@ -442,6 +443,34 @@ async def test_restore_replaces_nothing_unasked_and_all_when_forced(
     assert await asyncio.to_thread(forced.wait) == 0, forced.lines()
     assert target.read_bytes() == stub.databases[NAME].image()
     assert not old_log.exists()
+
+
+async def test_restore_replaces_the_file_that_a_link_names(tmp_path, database, stub, processes):
+    async with followed(database, stub.url):
+        await wait_until(lambda: committed(stub) == 0)
+    real, link = tmp_path / "volume" / "real.db", tmp_path / "app-link.db"
+    real.parent.mkdir()
+    sqlite_writer.prepare(str(real), 4096)
+    link.symlink_to(real)
+    refused = restore(tmp_path, stub, link)
+    forced = restore(tmp_path, stub, link, "--force")
+    processes += [refused, forced]
+    assert await asyncio.to_thread(refused.wait) == 1
+    assert await asyncio.to_thread(forced.wait) == 0, forced.lines()
+    assert link.is_symlink()
+    assert real.read_bytes() == stub.databases[NAME].image()
+    assert [path.name for path in real.parent.iterdir()] == ["real.db"]
+
+
+async def test_restore_refuses_what_is_followed(tmp_path, database, stub, processes):
+    following = replicate(tmp_path, database, stub.url)
+    processes.append(following)
+    await wait_until(lambda: following.events("caught_up"))
+    refused = restore(tmp_path, stub, database, "--force")
+    processes.append(refused)
+    assert await asyncio.to_thread(refused.wait) == 1
+    told = json.loads(refused.lines()[-1])
+    assert (told["code"], "replicate" in told["hint"]) == ("database_in_use", True)
 
 
 async def test_restore_refuses_a_damaged_image(tmp_path, database, stub, processes):

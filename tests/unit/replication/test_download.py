@@ -46,6 +46,8 @@ class Service:
         self.image, self.version = image, 1
         self.cuts: list[int | None] = []
         """For each GET in turn, where it breaks off; None: it does not."""
+        self.breaks_off = True
+        """Else it ends there, as if that were all."""
         self.after_head = self.after_get = lambda: None
         self.refusal: Callable[[], httpx.Response] | None = None
         self.ranges: list[str | None] = []
@@ -73,7 +75,8 @@ class Service:
             headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(self.image)}"
         headers |= {"Content-Length": str(len(data)), **self.changes}
         cut = self.cuts.pop(0) if self.cuts else None
-        stream = Breaking(data if cut is None else data[:cut], fails=cut is not None)
+        fails = cut is not None and self.breaks_off
+        stream = Breaking(data if cut is None else data[:cut], fails=fails)
         self.after_get()
         return httpx.Response(status, headers=headers, stream=stream)
 
@@ -139,6 +142,40 @@ async def test_a_connection_that_always_breaks_off_is_given_up(service, fetch):
     service.cuts = [0] * 100
     with pytest.raises(ServiceUnreachable, match="broke off"):
         await fetch()
+
+
+async def test_a_service_that_is_restarted_is_waited_for(service, fetch):
+    """First nobody listens, then it is not ready yet; it goes on where it broke."""
+    service.image = IMAGE[:MIB]
+    service.cuts = [400_000]
+    not_ready = {"code": "not_ready", "status": 503, "title": "t", "detail": "d"}
+    kind = {"Content-Type": "application/problem+json"}
+    left = 30
+
+    def refuse():
+        nonlocal left
+        left -= 1
+        if left == 0:
+            service.refusal = None
+        if left > 10:
+            raise httpx.ConnectError("refused")
+        return httpx.Response(503, json=not_ready, headers=kind)
+
+    def go_away():
+        service.refusal, service.after_get = refuse, lambda: None
+
+    service.after_get = go_away
+    _, content, _ = await fetch()
+    assert content == IMAGE[:MIB]
+    assert service.ranges == [f"bytes={at}-{MIB - 1}" for at in (0, 400_000)]
+
+
+async def test_answers_that_end_before_their_end_are_given_up(service, fetch):
+    service.image = IMAGE[:1000]
+    service.cuts, service.breaks_off = [0] * 100, False
+    with pytest.raises(StreamBroken, match="before their end"):
+        await fetch()
+    assert len(service.ranges) == module.BROKEN_MAX
 
 
 async def test_a_writer_that_is_too_quick_means_the_whole_at_once(service, fetch):
