@@ -3,7 +3,8 @@
 Invariants: I11: a request's head is bounded in bytes, fields and time; connections are bounded in
 number; an answer that nobody reads is not held for ever. Whatever is no HTTP is answered once, as a
 problem, and the connection goes, so that nothing behind it is taken for a request. Problem and log
-line name the request alike, as they do for what the application answers.
+line name the request alike, as they do for what the application answers. A body that breaks off or
+is framed wrongly is never taken for a whole one (I13).
 
 Concurrency: confined to the event loop; `OrderlyServer` looks at every connection once a second.
 """
@@ -18,12 +19,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.protocols.utils import get_remote_addr
 
 from app.core.base.clock import Randomness
-from app.core.base.errors import InvalidRequest, NotReady
+from app.core.base.errors import InvalidRequest, MalformedRecords, NotReady
 from app.core.base.events import Events
 from app.routers.exchange import new_request_id, request_id_of
 from app.routers.problems import MEDIA_TYPE, problem_members
 
 RETRY_AFTER_SECONDS = 1
+GONE_SECONDS = 2.0
+"""A client that has ended its side and gets no answer within that time is taken for gone."""
 VERSIONS = frozenset({"1.0", "1.1"})
 
 
@@ -60,6 +63,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._is_turned_away = False
         self._refusal: tuple[HTTPStatus, str] | None = None
+        self._ended_since: float | None = None
+        """When the client ended its side, its request being whole."""
         self._stalled_since: float | None = None
         self._stalled_bytes = 0
 
@@ -114,6 +119,20 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             self.cycle.keep_alive = False  # what follows is read by no parser
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """A client may end its side with its request, and wait for the answer. One that went away
+        looks the same, and is found out by `look`.
+        """
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is None or cycle.response_started:
+            return False
+        if cycle.more_body:
+            self._refuse(HTTPStatus.BAD_REQUEST, "The body breaks off.")
+            return not self.transport.is_closing()
+        self._ended_since = self.loop.time()
+        cycle.keep_alive = bool(self.pipeline)
+        return True
+
     def send_400_response(self, msg: str) -> None:
         """Uvicorn's way out wherever the parser gives up."""
         status, detail = self._refusal or (HTTPStatus.BAD_REQUEST, msg)
@@ -131,6 +150,12 @@ class GuardedProtocol(HttpToolsProtocol):
             )
         elif self._is_stalled(now):
             self.transport.abort()
+        elif (
+            self._ended_since is not None
+            and now - self._ended_since > GONE_SECONDS
+            and not self.cycle.response_started
+        ):
+            self.transport.close()
 
     def _is_stalled(self, now: float) -> bool:
         """True once nothing of the answer has left for too long."""
@@ -144,16 +169,18 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._is_between_requests():
-            answer = self._answer(
-                status, code=InvalidRequest.code, title=status.phrase, detail=detail
-            )
-            self.transport.write(answer)
+            self._refuse_as(InvalidRequest.code, status, detail)
+        elif self._waits_for_its_body():
+            self.transport.pause_reading()
+            self.loop.call_soon(self._refuse_body, status, detail)  # whom it lacks comes first: 401
+            return
         else:  # An answer that is under way is not mixed with another: the connection just ends.
             self._log(None, detail=detail)
         self.transport.close()
 
     def _answer(self, status: HTTPStatus, *, code: str, title: str, detail: str) -> bytes:
-        named = None if self._refusal is None else request_id_of(self.headers)
+        has_head = self._refusal is not None or self._waits_for_its_body()
+        named = request_id_of(self.headers) if has_head else None
         request_id = named or new_request_id(self._randomness)
         self._log(status, detail=detail, request_id=request_id)
         return answer_bytes(status, code=code, title=title, detail=detail, request_id=request_id)
@@ -167,6 +194,34 @@ class GuardedProtocol(HttpToolsProtocol):
     def _is_between_requests(self) -> bool:
         cycle: RequestResponseCycle | None = self.cycle
         return cycle is None or cycle.response_complete
+
+    def _refuse_body(self, status: HTTPStatus, detail: str) -> None:
+        cycle: RequestResponseCycle = self.cycle
+        if cycle.response_started:
+            cycle.keep_alive = False  # the answer goes out whole, and the connection with it
+            if not cycle.response_complete:
+                return
+        elif not self.transport.is_closing():
+            takes_records = self.scope["path"].endswith("/records")
+            self._refuse_as(
+                MalformedRecords.code if takes_records else InvalidRequest.code, status, detail
+            )
+            cycle.disconnected = True  # whatever the application says is not said any more
+            cycle.message_event.set()
+        self.transport.close()
+
+    def _refuse_as(self, code: str, status: HTTPStatus, detail: str) -> None:
+        self.transport.write(self._answer(status, code=code, title=status.phrase, detail=detail))
+
+    def _waits_for_its_body(self) -> bool:
+        """The newest request does, and no answer to it or to one before it has begun."""
+        cycle: RequestResponseCycle | None = self.cycle
+        return (
+            cycle is not None
+            and cycle.more_body
+            and not cycle.response_started
+            and not self.pipeline
+        )
 
     def _size_of_head(self) -> int:
         return len(self.url) + sum(len(name) + len(value) for name, value in self.headers)

@@ -38,6 +38,10 @@ class RawConnection:
         self._writer.write(data)
         await self._writer.drain()
 
+    def end(self) -> None:
+        """Of this side: nothing more is sent, and the answer is waited for."""
+        self._writer.write_eof()
+
     async def read(self, *, quiet_seconds: float = 1.0) -> Told:
         """Until the server closes, or is quiet for so long."""
         raw, closed = b"", False

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import MakeServer
 from tests.helpers.launch import NewInterpreter
 from tests.helpers.ports import free_port
-from tests.helpers.raw_http import RawConnection, told
+from tests.helpers.raw_http import RawConnection, Told, told
 from tests.helpers.server import ServerProcess
 from tests.helpers.wait import wait_until
 
@@ -97,6 +97,68 @@ async def test_a_refusal_is_found_in_the_log_by_its_name(guarded: ServerProcess)
     (line,) = [line for line in lines if line.get("request_id") == "mine"]
     assert (line["event"], line["status"], line["client"]) == ("http.refused", 400, "127.0.0.1")
     assert not [line for line in lines if "Invalid HTTP" in line.get("detail", "")]
+
+
+APPEND = (
+    b"POST /tenants/acme/databases/log/records HTTP/1.1\r\nHost: x\r\n"
+    b"Content-Type: application/x-ndjson\r\n"
+)
+
+
+async def told_to_its_end(port: int, data: bytes) -> Told:
+    connection = await RawConnection.open(port)
+    await connection.send(data)
+    connection.end()
+    heard = await connection.read(quiet_seconds=5)
+    await connection.aclose()
+    return heard
+
+
+async def test_who_ends_its_side_with_its_request_is_answered(guarded: ServerProcess):
+    await guarded.client.put("/tenants/acme/databases/log", json={"engine": "append_only"})
+    for data, status in (
+        (APPEND + b"Content-Length: 4\r\n\r\none\n", 201),
+        (APPEND + b"Transfer-Encoding: chunked\r\n\r\n4\r\ntwo\n\r\n0\r\n\r\n", 201),
+        (b"GET /tenants/acme/databases/log HTTP/1.1\r\nHost: x\r\n\r\n", 200),
+        (b"GET /jobs HTTP/1.1\r\nHost: x\r\n\r\n" + SMUGGLED, 200),
+    ):
+        heard = await told_to_its_end(guarded.port, data)
+        assert (set(heard.statuses), heard.closed) == ({status}, True), data
+    shown = (await guarded.client.get("/tenants/acme/databases/log")).json()
+    assert shown["next_lsn"] == 3
+
+
+BROKEN_BODIES = {
+    "short": b"Content-Length: 10\r\n\r\none\n",
+    "without its last chunk": b"Transfer-Encoding: chunked\r\n\r\n4\r\none\n\r\n",
+    "in chunks of no size": b"Transfer-Encoding: chunked\r\n\r\n4\r\none\n\r\nzz\r\n",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_BODIES)
+async def test_a_body_that_breaks_off_is_refused_and_kept_in_no_part(
+    guarded: ServerProcess, name: str
+):
+    await guarded.client.put("/tenants/acme/databases/log", json={"engine": "append_only"})
+    heard = await told_to_its_end(guarded.port, APPEND + BROKEN_BODIES[name])
+    assert (heard.statuses, heard.closed) == ([400], True)
+    assert json.loads(heard.raw.partition(b"\r\n\r\n")[2])["code"] == "malformed_records"
+    other = await told_to_its_end(guarded.port, POST + BROKEN_BODIES[name])
+    assert json.loads(other.raw.partition(b"\r\n\r\n")[2])["code"] == "invalid_request"
+    shown = (await guarded.client.get("/tenants/acme/databases/log")).json()
+    assert (shown["next_lsn"], shown["wal_bytes"]) == (1, 0)
+
+
+@pytest.mark.parametrize("name", BROKEN_BODIES)
+async def test_who_says_not_who_it_is_is_told_that_before_its_body_breaks(
+    make_server: MakeServer, tmp_path, name: str
+):
+    tokens = tmp_path / "tokens.json"
+    tokens.write_text('{"tokens": []}')
+    server = make_server(settings={"BOP_AUTH_TOKENS_FILE": str(tokens)})
+    await server.start()
+    heard = await told_to_its_end(server.port, APPEND + BROKEN_BODIES[name])
+    assert (heard.statuses, heard.closed) == ([401], True)
 
 
 async def test_an_upgrade_ends_the_connection(guarded: ServerProcess):

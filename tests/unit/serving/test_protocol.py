@@ -35,6 +35,15 @@ class Transport(asyncio.Transport):
     def close(self) -> None:
         self.closing = True
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
     def is_closing(self) -> bool:
         return self.closing
 
@@ -43,16 +52,26 @@ class House:
     """A server's protocols, without the server."""
 
     def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.answers = asyncio.Event()
         self.logged: list[tuple[str, str, dict[str, Any]]] = []
         self.events = Events(
             lambda name, level, fields: self.logged.append((name, level, dict(fields)))
         )
         self.randomness = SeededRandomness(7)
         self.state = ServerState()
-        self.config = uvicorn.Config(self.app, ws="none", log_config=None)
+        self.config = uvicorn.Config(self.app, interface="asgi3", ws="none", log_config=None)
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
-        await asyncio.Event().wait()
+        self.heard.append(scope["path"])
+        while (message := await receive())["type"] != "http.disconnect" and message["more_body"]:
+            pass
+        if message["type"] == "http.disconnect":
+            self.heard.append("gone")
+            return
+        await self.answers.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"yes"})
 
     def connect(self) -> tuple[GuardedProtocol, Transport]:
         protocol = GuardedProtocol(
@@ -137,6 +156,69 @@ async def test_what_breaks_behind_a_request_under_way_is_told_in_the_log_alone(h
     assert transport.closing
     (line,) = [fields for name, _, fields in house.logged if name == "http.refused"]
     assert line["status"] is None
+    protocol.connection_lost(None)
+    for task in tuple(house.state.tasks):
+        task.cancel()
+
+
+async def settled() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_who_ends_its_side_gets_its_answer_and_no_more(house: House):
+    protocol, transport = house.connect()
+    protocol.data_received(HEAD + b"Host: a\r\n\r\n")
+    assert protocol.eof_received()
+    protocol.look(asyncio.get_running_loop().time() + 1)
+    assert not transport.closing
+    house.answers.set()
+    await settled()
+    assert transport.written.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert transport.closing
+
+
+async def test_who_ends_its_side_and_gets_no_answer_is_taken_for_gone(house: House):
+    protocol, transport = house.connect()
+    protocol.data_received(HEAD + b"Host: a\r\n\r\n")
+    assert protocol.eof_received()
+    await settled()
+    protocol.look(asyncio.get_running_loop().time() + 3)
+    assert (transport.closing, transport.written) == (True, b"")
+    protocol.connection_lost(None)
+    for task in tuple(house.state.tasks):
+        task.cancel()
+
+
+async def test_between_requests_the_end_of_one_side_is_the_end(house: House):
+    protocol, transport = house.connect()
+    assert not protocol.eof_received()
+    house.answers.set()
+    protocol.data_received(HEAD + b"Host: a\r\n\r\n")
+    await settled()
+    assert transport.written
+    assert not protocol.eof_received()
+
+
+@pytest.mark.parametrize("path", ["/checkpoints", "/tenants/a/databases/b/records"])
+async def test_a_body_that_breaks_off_is_answered_and_the_application_told(house: House, path: str):
+    protocol, transport = house.connect()
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nX-Request-ID: mine\r\n".encode()
+    protocol.data_received(head + b"Content-Length: 10\r\n\r\nabc")
+    assert protocol.eof_received()
+    await settled()
+    assert house.refusal(transport) == (400, "mine")
+    code = b"malformed_records" if path.endswith("/records") else b"invalid_request"
+    assert b'"code":"' + code + b'"' in transport.written
+    assert house.heard == [path, "gone"]
+
+
+async def test_what_breaks_behind_one_that_is_not_answered_yet_is_not_answered(house: House):
+    protocol, transport = house.connect()
+    protocol.data_received(HEAD + b"Host: a\r\n\r\n")
+    protocol.data_received(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nabc")
+    assert not protocol.eof_received()
+    assert (transport.closing, transport.written) == (True, b"")
     protocol.connection_lost(None)
     for task in tuple(house.state.tasks):
         task.cancel()
