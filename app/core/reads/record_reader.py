@@ -2,26 +2,28 @@
 
 Invariants: I10: no record leaves before its entry was checked; the first piece is read before a
 stream is handed out, so most damage is an error and not a broken stream. I11: a stream holds the
-piece being sent and the window being read, whatever its range. I4: what it pins stays until it is
-closed. An answer never crosses a gap.
+piece being sent, the window being read and a page of chunk rows, whatever its range: where the rows
+are many, they are gone through once to find the answer's end, and again as it is read. I4: what it
+pins stays until it is closed. An answer never crosses a gap.
 Concurrency: one window is read ahead while the piece before it is sent. Cancellation: closing a
 stream, or dropping out of `open`, joins the read-ahead, closes files and releases the pin.
 Crash: nothing here is written.
 """
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, assert_never
 
 from app.core.base.clock import Clock, SystemClock
-from app.core.base.errors import CorruptWal
+from app.core.base.errors import CorruptWal, NotReady
 from app.core.base.events import Events
 from app.core.base.tasks import BlockingPool, TaskScope
 from app.core.reads.log_reader import BlobCache, Log, LogReader
-from app.core.reads.read_plan import ChunkSpan, ReadableSegment, Span, WalSpan, plan_spans
+from app.core.reads.paged_plan import ChunkPages, PagedPlan
+from app.core.reads.read_plan import ChunkSpan, ReadableSegment, Span, WalSpan
 from app.core.reads.record_pieces import RecordForm, render_records
-from app.core.stores.manifest.records import ChunkRecord
 from app.core.stores.remote.protocol import RemoteStore
 
 LAYOUT_CACHE_BYTES = 16 * 1024 * 1024
@@ -82,7 +84,7 @@ class RecordReader:
     async def open(
         self,
         *,
-        chunks: Sequence[ChunkRecord],
+        chunks: ChunkPages,
         pin: SegmentPin,
         next_lsn: int,
         from_lsn: int,
@@ -98,17 +100,28 @@ class RecordReader:
         it is known to be safe.
         Raises NotLineRecords, CorruptBlob, CorruptWal, RemoteUnavailable.
         """
-        try:
-            plan = plan_spans(
-                chunks, pin.segments,
-                from_lsn=from_lsn, to_lsn=to_lsn, limit=limit, next_lsn=next_lsn,
-                cut=cut,
+
+        def new_plan(first_lsn: int, last_lsn: int | None, limit: int | None) -> PagedPlan:
+            return PagedPlan(
+                pin.segments,
+                from_lsn=first_lsn, to_lsn=last_lsn, limit=limit, next_lsn=next_lsn, cut=cut,
             )  # fmt: skip
+
+        try:
+            plan = new_plan(from_lsn, to_lsn, limit)
+            kept = await _first_spans(plan, chunks, from_lsn)
+
+            def spans() -> AsyncGenerator[Span, None]:
+                if kept is not None:
+                    return _listed(kept)
+                assert plan.first_lsn is not None
+                again = new_plan(plan.first_lsn, plan.last_lsn, None)
+                return _planned(again, chunks, plan.first_lsn, last_lsn=plan.last_lsn)
+
             if as_lines:
-                unsafe = [span for span in plan.spans if not span.line_safe]
-                await _exhaust(self._read_ahead(unsafe, RecordForm.CHECKED))
+                await _exhaust(self._read_ahead(_unsafe(spans()), RecordForm.CHECKED))
             form = RecordForm.LINES if as_lines else RecordForm.FRAMED
-            pieces = self._read_ahead(plan.spans, form)
+            pieces = self._read_ahead(spans(), form)
             first_piece = await anext(pieces, b"")
         except BaseException:
             pin.release()
@@ -123,7 +136,7 @@ class RecordReader:
         )
 
     async def _read_ahead(
-        self, spans: Sequence[Span], form: RecordForm
+        self, spans: AsyncGenerator[Span, None], form: RecordForm
     ) -> AsyncGenerator[bytes, None]:
         """The rendered windows; the next one is being read while one is in the reader's hands."""
         windows = self._windows(spans, form)
@@ -141,11 +154,12 @@ class RecordReader:
         finally:
             await scope.aclose()
             await windows.aclose()
+            await spans.aclose()
 
     async def _windows(
-        self, spans: Sequence[Span], form: RecordForm
+        self, spans: AsyncGenerator[Span, None], form: RecordForm
     ) -> AsyncGenerator[bytes, None]:
-        for span in spans:
+        async for span in spans:
             at, copies = span.first_lsn, self._copies(span)
             for number, open_copy in enumerate(copies, start=1):
                 try:
@@ -180,6 +194,50 @@ class RecordReader:
                 return copies
             case _:
                 assert_never(span)
+
+
+async def _first_spans(
+    plan: PagedPlan, chunks: ChunkPages, from_lsn: int
+) -> tuple[Span, ...] | None:
+    """Plans to the end. None where the spans come from more than one page: they are not kept."""
+    kept: tuple[Span, ...] = ()
+    is_whole = True
+    async with aclosing(chunks.pages(from_lsn)) as pages:
+        async for page in pages:
+            spans = plan.add(page)
+            is_whole = is_whole and not (kept and spans)
+            kept = kept or spans
+            if plan.done:
+                break
+    return kept if is_whole else None
+
+
+async def _listed(spans: Sequence[Span]) -> AsyncGenerator[Span, None]:
+    for span in spans:
+        yield span
+
+
+async def _planned(
+    plan: PagedPlan, chunks: ChunkPages, first_lsn: int, *, last_lsn: int | None
+) -> AsyncGenerator[Span, None]:
+    """As planned before, page by page. Raises NotReady where rows went in spite of their pin, as
+    in the end they do of a database that was deleted.
+    """
+    async with aclosing(chunks.pages(first_lsn)) as pages:
+        async for page in pages:
+            for span in plan.add(page):
+                yield span
+            if plan.done:
+                break
+    if plan.last_lsn != last_lsn:
+        raise NotReady("What was to be read went away meanwhile.")
+
+
+async def _unsafe(spans: AsyncGenerator[Span, None]) -> AsyncGenerator[Span, None]:
+    async with aclosing(spans):
+        async for span in spans:
+            if not span.line_safe:
+                yield span
 
 
 async def _exhaust(pieces: AsyncGenerator[bytes, None]) -> None:

@@ -6,12 +6,19 @@ from dataclasses import dataclass
 
 from app.core.base.errors import CorruptWal, DatabaseNotFound, LsnTruncated, WalLost
 from app.core.formats.segment import EntryType
+from app.core.reads.paged_plan import ListedChunks
+from app.core.reads.published_chunks import PublishedChunks
 from app.core.reads.read_point import GenerationPins
 from app.core.reads.record_reader import RecordReader, RecordStream
 from app.core.services.directory import DatabaseDirectory
 from app.core.stores.manifest.store import ManifestStore
 from app.core.stores.wal.pins import WalPin
 from app.core.stores.wal.requests import Appended, AppendRequest, EntryPayload
+
+ROWS_AT_ONCE = 256
+"""So many rows of chunks are looked at on the event loop; who reads from further back goes through
+them in the pool.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +114,9 @@ class Records:
                         first_lsn=found.first_lsn,
                     )
                 pin.hold(self._pins.pin(found.db_id, found.generation))
-                chunks = view.chunks_from(found.db_id, found.generation, from_lsn)
+                rows = view.newest_chunks(
+                    found.db_id, found.generation, from_lsn, looks_max=ROWS_AT_ONCE
+                )
                 cut = [
                     (row.visible_last + 1, row.last_lsn)
                     for row in view.segments(found.db_id)
@@ -116,6 +125,11 @@ class Records:
         except BaseException:
             pin.release()
             raise
+        chunks = (
+            PublishedChunks(self._manifest, found.db_id, found.generation)
+            if rows is None
+            else ListedChunks(rows)
+        )
         return await self._reader.open(
             chunks=chunks,
             pin=pin,

@@ -52,10 +52,6 @@ class Scan(Protocol):
     def __call__(self, table: Table[V], prefix: bytes, /) -> Iterable[tuple[bytes, V]]: ...
 
 
-class BothWays(ReadRows, Protocol):
-    def scan_back(self, table: Table[V], prefix: bytes, /) -> Iterable[tuple[bytes, V]]: ...
-
-
 class WriteRows(ReadRows, Protocol):
     def put(self, table: Table[V], key: bytes, value: V, /) -> None: ...
 
@@ -118,36 +114,10 @@ def inherited_rows(rows: ReadRows, db_id: int, chunk_id: int) -> ChunkRows:
 
 def chunks_at(rows: ReadRows, db_id: int, generation: int) -> list[ChunkRecord]:
     """The bases and drops valid at the generation, by chunk."""
-    return list(_walk(rows.scan, rows, db_id, generation))
+    return list(walk(rows.scan, rows, db_id, generation))
 
 
-def log_range(rows: BothWays, db_id: int, generation: int) -> tuple[int, int] | None:
-    """append_only: the first LSN of the lowest chunk valid at the generation, and the last of the
-    highest. Looks at few rows, unless many chunks at either end came or went since.
-    """
-    lowest = _walk(rows.scan, rows, db_id, generation)
-    highest = _walk(rows.scan_back, rows, db_id, generation, backwards=True)
-    for bottom in lowest:
-        if bottom.blob is not None:
-            return bottom.first, next(row.last for row in highest if row.blob is not None)
-    return None
-
-
-def chunks_from(rows: BothWays, db_id: int, generation: int, lsn: int) -> list[ChunkRecord]:
-    """append_only: the chunks valid at the generation that hold the LSN or later ones, in order.
-    Looks at the end of the log first: what it costs grows with what is found, not with the log.
-    """
-    found: list[ChunkRecord] = []
-    for row in _walk(rows.scan_back, rows, db_id, generation, backwards=True):
-        if row.blob is None:
-            continue
-        if row.last < lsn:
-            break  # chunks follow one another in the order of their LSNs
-        found.append(row)
-    return found[::-1]
-
-
-def _walk(
+def walk(
     scan: Scan, rows: ReadRows, db_id: int, generation: int, *, backwards: bool = False
 ) -> Iterator[ChunkRecord]:
     """The bases and drops valid at the generation, chunk by chunk, as far as they are asked for."""
@@ -156,7 +126,7 @@ def _walk(
     if parent is None:
         yield from (row for row in own if is_valid_at(row, generation))
         return
-    inherited = _walk(scan, rows, parent.db_id, parent.generation, backwards=backwards)
+    inherited = walk(scan, rows, parent.db_id, parent.generation, backwards=backwards)
     above = (_as_row_of(db_id, row, parent.generation) for row in inherited)
     waiting = next(above, None)
     for chunk_id, group in groupby(own, key=lambda row: row.chunk_id):

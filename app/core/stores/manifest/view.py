@@ -14,12 +14,11 @@ from app.core.stores.manifest.lineage import (
     ChunkRows,
     chunk_rows,
     chunks_at,
-    chunks_from,
     deltas_at,
     depth_of,
     inheritors,
-    log_range,
 )
+from app.core.stores.manifest.log_chunks import chunk_page, log_range, newest_chunks
 from app.core.stores.manifest.records import (
     ChangeRecord,
     ChunkDeltaRecord,
@@ -180,10 +179,19 @@ class ManifestView:
         with self._access as rows:
             return chunks_at(rows, db_id, generation)
 
-    def chunks_from(self, db_id: int, generation: int, lsn: int) -> list[ChunkRecord]:
-        """append_only: of `chunk_view`, the chunks that hold the LSN or later ones."""
+    def newest_chunks(
+        self, db_id: int, generation: int, lsn: int, *, looks_max: int
+    ) -> list[ChunkRecord] | None:
+        """append_only: of `chunk_view`, the chunks that hold the LSN or later ones; None where
+        that takes more than so many rows from the end of the log.
+        """
         with self._access as rows:
-            return chunks_from(rows, db_id, generation, lsn)
+            return newest_chunks(rows, db_id, generation, lsn, looks_max=looks_max)
+
+    def chunk_page(self, db_id: int, generation: int, lsn: int, *, limit: int) -> list[ChunkRecord]:
+        """append_only: the first of those."""
+        with self._access as rows:
+            return chunk_page(rows, db_id, generation, lsn, limit=limit)
 
     def log_range(self, db_id: int, generation: int) -> tuple[int, int] | None:
         """append_only: the first LSN of the lowest chunk at the generation, the last of the

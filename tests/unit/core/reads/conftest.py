@@ -8,6 +8,7 @@ import pytest
 from app.core.base.events import Events
 from app.core.base.tasks import BlockingPool
 from app.core.formats.record_framing import unpack_records
+from app.core.reads.paged_plan import ListedChunks
 from app.core.reads.record_reader import RecordReader, RecordStream
 from app.core.stores.local.hot_cache import HotCache
 from app.core.stores.manifest.records import ChunkRecord
@@ -57,14 +58,14 @@ class House:
         return path
 
     async def open(
-        self, from_lsn=1, to_lsn=None, *, limit=None, as_lines=False, next_lsn=None
+        self, from_lsn=1, to_lsn=None, *, limit=None, as_lines=False, next_lsn=None, chunks=None
     ) -> RecordStream:
         pin = FakePin(self.segments)
         self.pins.append(pin)
         ends = [row.visible_last for row in self.chunks]
         ends += [one.durable_last_lsn for one in self.segments]
         return await self.reader.open(
-            chunks=self.chunks,
+            chunks=chunks or ListedChunks(self.chunks),
             pin=pin,
             next_lsn=max(ends, default=0) + 1 if next_lsn is None else next_lsn,
             from_lsn=from_lsn,

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from app.core.reads.paged_plan import ChunkPage, PagedPlan
 from app.core.reads.read_plan import ChunkSpan, WalSpan, plan_spans
 from app.core.stores.manifest.records import BlobRef, ChunkRecord
 from tests.helpers.logs import SegmentFile
@@ -45,6 +46,27 @@ def shown(result):
 
 def outcome(result):
     return result.first_lsn, result.last_lsn, result.next_lsn
+
+
+def by_lsn(spans):
+    return [
+        (one, span.segment if isinstance(span, WalSpan) else span.row)
+        for span in spans
+        for one in range(span.first_lsn, span.last_lsn + 1)
+    ]
+
+
+def paged(source, rows, segments, from_lsn, to_lsn, limit, next_lsn):
+    """The same by pages, cut anywhere."""
+    planned = PagedPlan(segments, from_lsn=from_lsn, to_lsn=to_lsn, limit=limit, next_lsn=next_lsn)
+    left = [row for row in sorted(rows, key=lambda row: row.first) if row.last >= from_lsn]
+    spans = []
+    while not planned.done:
+        count = source.randint(1, 3)
+        page, left = left[:count], left[count:]
+        is_last = not page or (not left and source.random() < 0.5)
+        spans += planned.add(ChunkPage(page, is_last=is_last))
+    return planned.first_lsn, planned.last_lsn, planned.next_lsn, by_lsn(spans)
 
 
 def test_nothing_at_all():
@@ -162,12 +184,12 @@ def check_against_a_plain_list(source):
                 break
         wanted = wanted[:limit]
         result = plan(rows, segments, from_lsn, to_lsn, limit, next_lsn)
-        got = [
-            (one, "wal" if isinstance(span, WalSpan) else "chunk")
-            for span in result.spans
-            for one in range(span.first_lsn, span.last_lsn + 1)
-        ]
-        assert got == [(one, truth[one]) for one in wanted]
+        assert paged(source, rows, segments, from_lsn, to_lsn, limit, next_lsn) == (
+            *outcome(result), by_lsn(result.spans),
+        )  # fmt: skip
+        kinds = [(one, "wal" if isinstance(source, SegmentFile) else "chunk")
+                 for one, source in by_lsn(result.spans)]  # fmt: skip
+        assert kinds == [(one, truth[one]) for one in wanted]
         if wanted:
             assert (result.first_lsn, result.last_lsn) == (wanted[0], wanted[-1])
         reached = wanted[-1] if wanted else from_lsn - 1

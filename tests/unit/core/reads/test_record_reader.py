@@ -19,6 +19,7 @@ from app.core.formats.container import parse_container_directory
 from app.core.formats.record_framing import pack_records, unpack_records
 from app.core.reads import byte_source, record_reader
 from app.core.reads.log_layout import LayoutCache, segment_layout
+from app.core.reads.paged_plan import ChunkPage
 from tests.helpers.logs import build_chunk, build_segment
 from tests.unit.core.reads.conftest import MIB, open_files
 
@@ -620,3 +621,60 @@ async def test_memory_is_bounded_whatever_the_range(house, tmp_path, where, as_l
     assert total == 1024 * 200 * (len(record) + (1 if as_lines else 4))
     assert peak < 8 * MIB
     assert record_reader.SENT_PIECE_BYTES == MIB
+
+
+class Pages:
+    """Rows by pages of one; they may go while a stream is read."""
+
+    def __init__(self, rows) -> None:
+        self.rows = list(rows)
+
+    async def pages(self, lsn):
+        while row := next((row for row in self.rows if row.last >= lsn), None):
+            yield ChunkPage([row], is_last=False)
+            lsn = row.last + 1
+        yield ChunkPage([], is_last=True)
+
+
+async def test_a_log_whose_rows_come_by_pages_reads_as_a_whole_one(house, tmp_path):
+    records = [[os.urandom(40) for _ in range(3)] for _ in range(5)]
+    for number, some in enumerate(records):
+        await house.publish(
+            build_segment(tmp_path / f"s{number}", [some], first_lsn=3 * number + 1)
+        )
+    house.segments.append(
+        build_segment(tmp_path / "open", [[b"in the log"]], first_lsn=16, sealed=False)
+    )
+    pages = Pages(house.chunks)
+    whole = [one for some in records for one in some] + [b"in the log"]
+    assert await house.read(chunks=pages) == whole
+    assert await house.read(5, 11, chunks=pages) == whole[4:11]
+    assert await house.read(8, limit=4, chunks=pages) == whole[7:11]
+    house.check_nothing_is_held()
+
+
+async def test_lines_of_many_pages_are_all_looked_through_first(house, tmp_path):
+    for number, record in enumerate((b"one", b"two", b"with\na break")):
+        await house.publish(
+            build_segment(tmp_path / f"s{number}", [[record]], first_lsn=number + 1)
+        )
+    pages = Pages(house.chunks)
+    assert await house.read_bytes(1, 2, chunks=pages, as_lines=True) == b"one\ntwo\n"
+    with pytest.raises(NotLineRecords):
+        await house.open(chunks=pages, as_lines=True)
+    house.check_nothing_is_held()
+
+
+async def test_rows_that_go_under_a_reader_break_its_stream(house, tmp_path):
+    """Those of a deleted database do, which waits for its readers only for a while."""
+    for number in range(8):
+        segment = build_segment(tmp_path / f"s{number}", [[b"%d" % number]], first_lsn=number + 1)
+        await house.publish(segment)
+    pages = Pages(house.chunks)
+    stream = await house.open(chunks=pages)
+    assert (stream.last_lsn, unpack_records(await anext(stream.content))) == (8, [b"0"])
+    del pages.rows[4:]
+    with pytest.raises(NotReady):
+        [piece async for piece in stream.content]
+    await stream.aclose()
+    house.check_nothing_is_held()

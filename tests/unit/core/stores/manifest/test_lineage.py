@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.core.stores.manifest import lineage, ops
+from app.core.stores.manifest import lineage, log_chunks, ops
 from app.core.stores.manifest.apply_catalogue import apply_catalogue
 from app.core.stores.manifest.errors import (
     GenerationGone,
@@ -20,7 +20,12 @@ from app.core.stores.manifest.errors import (
     SnapshotTaken,
     WrongState,
 )
-from app.core.stores.manifest.records import ForkParent, GenerationRecord, SnapshotRecord
+from app.core.stores.manifest.records import (
+    ChunkRecord,
+    ForkParent,
+    GenerationRecord,
+    SnapshotRecord,
+)
 from app.core.stores.manifest.replay import replay
 from app.core.stores.manifest.rows import MemoryRows
 from app.core.stores.manifest.store import ManifestStore
@@ -41,8 +46,24 @@ Content = dict[int, list[str]]
 
 
 class RowsBothWays(MemoryRows):
-    def scan_back(self, table, prefix=b""):
-        return reversed(self.scan(table, prefix))
+    def scan(self, table, prefix=b"", *, start=b""):
+        return [(key, row) for key, row in super().scan(table, prefix) if key >= start]
+
+    def scan_back(self, table, prefix=b"", *, before=None):
+        found = reversed(self.scan(table, prefix))
+        return ((key, row) for key, row in found if before is None or key < before)
+
+
+def from_lsn(rows: Any, db_id: int, generation: int, lsn: int, *, page: int = 2) -> list[int]:
+    """Both ways of finding the chunks from there on, which must agree."""
+    whole = log_chunks.newest_chunks(rows, db_id, generation, lsn, looks_max=10_000)
+    assert whole is not None
+    paged: list[ChunkRecord] = []
+    while found := log_chunks.chunk_page(rows, db_id, generation, lsn, limit=page):
+        paged += found
+        lsn = found[-1].last + 1
+    assert paged == whole
+    return [row.chunk_id for row in paged]
 
 
 @dataclass
@@ -199,11 +220,10 @@ class House:
             for generation, content in copy.generations.items():
                 assert self.content(db_id, generation) == content, (db_id, generation)
                 lsns = (10 * min(content) + 1, 10 * max(content) + 10) if content else None
-                assert lineage.log_range(self.rows, db_id, generation) == lsns
+                assert log_chunks.log_range(self.rows, db_id, generation) == lsns
                 for lsn in (1, 10, 11, 15, 31):  # each chunk has ten LSNs
-                    chunks = lineage.chunks_from(self.rows, db_id, generation, lsn)
                     wanted = sorted(one for one in content if 10 * one + 10 >= lsn)
-                    assert [row.chunk_id for row in chunks] == wanted
+                    assert from_lsn(self.rows, db_id, generation, lsn) == wanted
                 for chunk_id in CHUNK_IDS:  # chunk by chunk it is the same
                     found = lineage.chunk_rows(self.rows, db_id, chunk_id)
                     keys = [
@@ -278,7 +298,7 @@ def family() -> House:
 
 
 def test_before_its_first_chunk_a_log_has_no_range(family: House) -> None:
-    assert lineage.log_range(family.rows, 1, 0) is None
+    assert log_chunks.log_range(family.rows, 1, 0) is None
 
 
 def test_a_database_that_is_not_there_has_nothing(family: House) -> None:
@@ -302,9 +322,9 @@ def test_what_a_fork_changed_takes_its_place_among_what_it_inherits() -> None:
     assert [row.blob is None for row in found] == [True, False, False, False, False, True]
     deltas = lineage.deltas_at(house.rows, 2, 12)
     assert [(row.chunk_id, row.generation) for row in deltas] == [(1, 7), (1, 8), (2, 10)]
-    assert lineage.log_range(house.rows, 2, 12) == (11, 50)
+    assert log_chunks.log_range(house.rows, 2, 12) == (11, 50)
     for lsn, ids in ((1, [1, 2, 3, 4]), (30, [2, 3, 4]), (31, [3, 4]), (51, [])):
-        assert [row.chunk_id for row in lineage.chunks_from(house.rows, 2, 12, lsn)] == ids
+        assert from_lsn(house.rows, 2, 12, lsn) == ids
     house.check()
 
 
@@ -341,10 +361,64 @@ async def test_the_end_of_a_log_is_found_without_looking_at_all_of_it(store: Man
 
     with store.read() as view, view._access as rows:
         counting: Any = Counting(rows)
-        found = lineage.chunks_from(counting, 1, 1, 4985)
-        assert [row.chunk_id for row in found] == [498, 499]
+        found = log_chunks.newest_chunks(counting, 1, 1, 4985, looks_max=3)
+        assert [row.chunk_id for row in found or ()] == [498, 499]
         assert len(looked) == 3
-        assert lineage.chunks_from(rows, 1, 1, 1) == lineage.chunks_at(rows, 1, 1)
+        assert log_chunks.newest_chunks(rows, 1, 1, 4985, looks_max=2) is None
+        assert log_chunks.newest_chunks(rows, 1, 1, 1, looks_max=500) == lineage.chunks_at(
+            rows, 1, 1
+        )
+
+
+async def test_a_page_of_a_log_costs_the_same_wherever_it_lies(store: ManifestStore) -> None:
+    """Rows of other generations, merged or of a log that was begun anew, are in the way."""
+    await create_database(store, engine="append_only")
+    lsns = [{"first": 10 * one + 1, "last": 10 * one + 10} for one in range(500)]
+    rows = [chunk(1, one, visible_last=10 * one + 10, **lsns[one]) for one in range(500)]
+    await store.commit(
+        batch(
+            *(ops.UpsertChunk(row=row) for row in rows),
+            publish(1, next_chunk_id=500, last_lsn=5000),
+        )
+    )
+    whole = chunk(1, 200, 2, first=2001, last=2100, visible_last=2100)
+    sources = [
+        ops.SupersedeChunk(db_id=1, chunk_id=one, generation=1, superseded_at=2)
+        for one in range(200, 210)
+    ]
+    await store.commit(
+        batch(
+            *sources,
+            ops.UpsertChunk(row=whole),
+            publish(1, 2, next_chunk_id=500, last_lsn=5000),
+        )
+    )
+    looked: list[Any] = []
+
+    class Counting:
+        def __init__(self, rows: Any) -> None:
+            self.rows, self.get = rows, rows.get
+
+        def scan(self, table: Any, prefix: bytes = b"", *, start: bytes = b"") -> Iterator[Any]:
+            for pair in self.rows.scan(table, prefix, start=start):
+                looked.append(pair)
+                yield pair
+
+        def scan_back(self, table: Any, prefix: bytes, *, before: Any = None) -> Iterator[Any]:
+            for pair in self.rows.scan_back(table, prefix, before=before):
+                looked.append(pair)
+                yield pair
+
+    with store.read() as view, view._access as given:
+        counting: Any = Counting(given)
+        for lsn, ids in ((1, [0, 1]), (2001, [200, 210]), (2095, [200, 210]), (4995, [499])):
+            looked.clear()
+            found = log_chunks.chunk_page(counting, 1, 2, lsn, limit=2)
+            assert [row.chunk_id for row in found] == ids
+            assert len(looked) < 40
+        assert log_chunks.chunk_page(counting, 1, 2, 5001, limit=2) == []
+        found = log_chunks.chunk_page(counting, 1, 1, 2095, limit=2)  # while it was not merged
+        assert [row.chunk_id for row in found] == [209, 210]
 
 
 def test_a_fork_makes_no_row_until_it_changes(family: House) -> None:
