@@ -65,6 +65,7 @@ class DatabaseModel:
         """A checkpoint: all that was acknowledged."""
         assert generation > self.newest, "generations only grow"
         self.generations[generation] = GenerationModel(records=dict(self.records), image=self.image)
+        self.doubt()
 
     def publish_unchanged(self, generation: int) -> None:
         """Chunks were merged: nothing that can be read has changed."""
