@@ -168,9 +168,9 @@ class SpoolFile:
     thread may still be at it when the request that it belongs to was cancelled.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, close: Callable[[int], None]) -> None:
         self.fd = fd
-        weakref.finalize(self, os.close, fd)
+        weakref.finalize(self, close, fd)
 
 
 class SpooledEntry:
@@ -234,7 +234,14 @@ class Spool:
         self._directory.mkdir(parents=True, exist_ok=True)
         fd, name = tempfile.mkstemp(dir=self._directory)
         Path(name).unlink()
-        return SpoolFile(fd)
+        return SpoolFile(fd, close=self._close)
+
+    def _close(self, fd: int) -> None:
+        """Not by whoever happens to let go last: with two GiB in it that takes half a second."""
+        try:
+            self._pool.submit(os.close, fd)
+        except RuntimeError:  # the pool is closed
+            os.close(fd)
 
 
 def _seen(write: asyncio.Future[None]) -> None:

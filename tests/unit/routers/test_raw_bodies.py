@@ -13,6 +13,7 @@ from app.routers.bodies import BodyLimits, BodyMemory, BodyReader, Spool
 from app.routers.exchange import ClientGone, Exchange
 from app.routers.raw_bodies import HELD_BYTES_MAX, WRITE_BYTES, HeldBody, RawBody, SpooledBody
 from tests.helpers.fake_clock import FakeClock
+from tests.helpers.wait import wait_until
 
 KIB = 1024
 LIMITS = BodyLimits(
@@ -233,3 +234,23 @@ async def test_a_draft_may_refuse_the_body(spool):
         async with RawBody(reader, memory=BodyMemory(0), spool=spool, draft=draft) as raw:
             await raw.read()
     assert await reader.read_piece() == bytes(WRITE_BYTES)
+
+
+async def test_a_spool_file_is_closed_by_the_spools_threads(spool, monkeypatch):
+    """With gigabytes in it that takes as long as hundreds of requests."""
+    closed: list[str] = []
+    really_close = os.close
+
+    def close(fd: int) -> None:
+        closed.append(threading.current_thread().name)
+        really_close(fd)
+
+    async with RawBody(reader_of(bytes(10_000)), memory=BodyMemory(0), spool=spool) as raw:
+        body = await raw.read()
+        fd = body._file.fd
+        monkeypatch.setattr("app.routers.bodies.os.close", close)
+        del body
+    await wait_until(lambda: len(closed) == 1)
+    assert closed[0].startswith("spool")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)

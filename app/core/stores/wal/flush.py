@@ -11,6 +11,7 @@ from app.core.base.errors import BopError, StorageFailure
 from app.core.stores.wal.draft import Draft
 from app.core.stores.wal.failure import FailStop
 from app.core.stores.wal.group_commit import Group
+from app.core.stores.wal.log_frames import WrittenFrames
 from app.core.stores.wal.planning import GroupPlan, OpenSegment, plan_group
 from app.core.stores.wal.requests import AppendRequest
 from app.core.stores.wal.segments import Segment, SegmentInfo
@@ -26,6 +27,8 @@ class Flushed:
     group: Group
     plan: GroupPlan
     written: Written = ()
+    frames: tuple[WrittenFrames, ...] = ()
+    """Of libsql databases, for each of `written`."""
     unsealed: list[Segment]
     seconds: float = 0.0
     error: Exception | None = None
@@ -42,9 +45,16 @@ class Sealed:
 
 class Flusher:
     def __init__(
-        self, writer: LogWriter, *, chunk_bytes: int, fail_stop: FailStop, clock: Clock
+        self,
+        writer: LogWriter,
+        *,
+        chunk_bytes: int,
+        has_frames: bool,
+        fail_stop: FailStop,
+        clock: Clock,
     ) -> None:
         self._writer = writer
+        self._has_frames = has_frames
         self._chunk_bytes = chunk_bytes
         self._fail_stop = fail_stop
         self._clock = clock
@@ -105,6 +115,8 @@ class Flusher:
             flushed.plan, tail=tail, durable_lsn=next_lsn - 1, now_us=wall_us(self._clock),
             draft=draft,
         )  # fmt: skip
+        if self._has_frames:
+            flushed.frames = tuple(map(WrittenFrames.of, flushed.plan.runs))
         created = [segment for segment, _ in flushed.written if segment is not tail]
         if created:
             flushed.unsealed = [*flushed.unsealed, *created]

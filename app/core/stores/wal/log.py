@@ -92,8 +92,9 @@ class WalLog:
         self._writer = writer
         self._room = room
         self._flusher = Flusher(
-            writer, chunk_bytes=config.chunk_bytes, fail_stop=fail_stop, clock=clock
-        )
+            writer, chunk_bytes=config.chunk_bytes, has_frames=frames is not None,
+            fail_stop=fail_stop, clock=clock,
+        )  # fmt: skip
         self._pool = pool
         self._fail_stop = fail_stop
         self._events = events
@@ -225,7 +226,8 @@ class WalLog:
         IdempotencyKeyReused, Backpressure, QuotaExhausted, DiskFull, WalLost, CorruptWal, NotReady,
         StorageFailure.
         """
-        size_bytes = write_bytes_of(request)
+        payload_bytes = request.check()
+        size_bytes = write_bytes_of(request, payload_bytes=payload_bytes)
         while True:
             self._check_open()
             if request.key_hash is not None:
@@ -237,8 +239,8 @@ class WalLog:
                 break
             await self._room.make_way(size_bytes)
         if request.key_hash is None:
-            return await self._enqueue(request, hold, draft)
-        answer = self._enqueue(request, hold)
+            return await self._enqueue(request, payload_bytes, hold, draft)
+        answer = self._enqueue(request, payload_bytes, hold)
         self._keyed.begin(request, answer)
         return await asyncio.shield(answer)  # replays wait for it too
 
@@ -370,11 +372,11 @@ class WalLog:
             raise self._closing.with_traceback(None)
 
     def _enqueue(
-        self, request: AppendRequest, hold: Hold, draft: Draft | None = None
+        self, request: AppendRequest, payload_bytes: int, hold: Hold, draft: Draft | None = None
     ) -> asyncio.Future[Appended]:
         try:
             answer = self._loop.create_future()
-            waiting = WaitingAppend(request, request.check(), answer, hold, draft)
+            waiting = WaitingAppend(request, payload_bytes, answer, hold, draft)
             self._queue.put(waiting)
         except BaseException:
             hold.release()
@@ -442,7 +444,7 @@ class WalLog:
             self._charge(segment)
         self._next_lsn = plan.next_lsn
         if self._frames is not None:
-            self._frames.take(plan.runs, flushed.written)
+            self._frames.take(flushed.written, flushed.frames)
         for waiting, outcome in zip(appends, plan.outcomes, strict=True):
             self._keyed.end(waiting.request)
             if isinstance(outcome, LsnMismatch):

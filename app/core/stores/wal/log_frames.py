@@ -7,6 +7,7 @@ Crash: nothing here is durable; all of it is in the entries.
 
 import asyncio
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -53,29 +54,15 @@ class LogFrames:
             ],
         )  # fmt: skip
 
-    def take(self, runs: Sequence[Run], written: Written) -> None:
+    def take(self, written: Written, frames: Sequence["WrittenFrames"]) -> None:
         """Entries that became durable, run by run."""
-        for run, (segment, _) in zip(runs, written, strict=True):
-            payloads = [cast("FramesPayload", entry.payload) for entry in run.entries]
-            counts = np.array([payload.count for payload in payloads], dtype=np.int64)
-            sizes = np.array([payload.payload_bytes for payload in payloads], dtype=np.int64)
+        for (segment, _), run in zip(written, frames, strict=True):
             self.index.add(
-                EntryBatch(
-                    offsets=np.array([entry.offset for entry in run.entries], dtype=np.int64),
-                    entry_bytes=sizes + ENTRY_HEADER_BYTES,
-                    counts=counts,
-                    page_nos=np.concatenate([payload.page_nos for payload in payloads]),
-                    commit_sizes=np.concatenate([payload.commit_sizes for payload in payloads]),
-                ),
-                segment_id=segment.segment_id,
-                path=segment.path,
-                first_lsn=run.entries[0].first_lsn,
-            )
-            for entry, payload in zip(reversed(run.entries), reversed(payloads), strict=True):
-                if payload.footer is not None:
-                    lsn = entry.first_lsn + payload.count - 1
-                    self.last = LastRequest(last_lsn=lsn, footer=payload.footer)
-                    break
+                run.entries, segment_id=segment.segment_id, path=segment.path,
+                first_lsn=run.first_lsn,
+            )  # fmt: skip
+            if run.last is not None:
+                self.last = run.last
 
     def remove(self, segment_ids: Collection[int]) -> None:
         self.index.remove(segment_ids)
@@ -122,6 +109,38 @@ class LogFrames:
         finally:
             self._disk.close(fd)
         return footer if entry.last_lsn == place.lsn else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenFrames:
+    """What a run adds to what is known. Made by the thread that wrote it: an image may have tens of
+    thousands of entries.
+    """
+
+    first_lsn: int
+    entries: EntryBatch
+    last: LastRequest | None
+
+    @classmethod
+    def of(cls, run: Run) -> "WrittenFrames":
+        payloads = [cast("FramesPayload", entry.payload) for entry in run.entries]
+        sizes = np.array([payload.payload_bytes for payload in payloads], dtype=np.int64)
+        batch = EntryBatch(
+            offsets=np.array([entry.offset for entry in run.entries], dtype=np.int64),
+            entry_bytes=sizes + ENTRY_HEADER_BYTES,
+            counts=np.array([payload.count for payload in payloads], dtype=np.int64),
+            page_nos=np.concatenate([payload.page_nos for payload in payloads]),
+            commit_sizes=np.concatenate([payload.commit_sizes for payload in payloads]),
+        )
+        return cls(first_lsn=run.entries[0].first_lsn, entries=batch, last=_last_of(run, payloads))
+
+
+def _last_of(run: Run, payloads: Sequence[FramesPayload]) -> LastRequest | None:
+    for entry, payload in zip(reversed(run.entries), reversed(payloads), strict=True):
+        if payload.footer is not None:
+            lsn = entry.first_lsn + payload.count - 1
+            return LastRequest(last_lsn=lsn, footer=payload.footer)
+    return None
 
 
 def last_request_blocking(

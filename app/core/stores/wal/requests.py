@@ -94,9 +94,9 @@ class AppendRequest:
         return total
 
 
-def write_bytes_of(request: AppendRequest) -> int:
+def write_bytes_of(request: AppendRequest, *, payload_bytes: int) -> int:
     """What it will take of a segment's file; headers of new segments and trailers come on top."""
-    return sum(ENTRY_HEADER_BYTES + entry.payload_bytes for entry in request.entries)
+    return payload_bytes + ENTRY_HEADER_BYTES * len(request.entries)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
