@@ -130,11 +130,9 @@ async def test_full_disk_turns_cache_admissions_away_but_not_downloads(small_dis
     source.write_bytes(b"y" * MIB)
     digest = hashlib.sha256(b"y" * MIB).hexdigest()
     assert not await cache.admit_link(source, sha256=digest, size_bytes=MIB)  # a copy: two disks
-
-    async def pieces():
+    async with cache.writer(sha256=digest, size_bytes=MIB) as writer:
         for _ in range(16):
-            yield b"y" * 65536
-
-    assert not await cache.admit_stream(pieces(), sha256=digest, size_bytes=MIB)
+            await writer.write(b"y" * 65536)
+        assert not await writer.commit()
     assert [path for path in root.rglob("*") if path.is_file()] == []
     assert cache.stats().used_bytes == 0

@@ -297,15 +297,3 @@ def parse_directory(data: bytes | memoryview) -> tuple[SegmentSummary, IndexArra
         raise Damage("index and trailer fail their checksum")
     points = np.frombuffer(view[start : len(data) - TRAILER_BYTES], dtype="<u8").reshape(-1, 2)
     return summary, points
-
-
-def index_range(
-    index: IndexArray, *, entries_end: int, first_lsn: int, last_lsn: int
-) -> tuple[int, int]:
-    """Half-open byte range of whole entries that holds all of [first_lsn, last_lsn]."""
-    if len(index) == 0:
-        return SEGMENT_HEADER_BYTES, entries_end
-    lsns, offsets = index[:, 0], index[:, 1]
-    start = max(int(np.searchsorted(lsns, first_lsn, side="right")) - 1, 0)
-    stop = int(np.searchsorted(lsns, last_lsn, side="right"))
-    return int(offsets[start]), int(offsets[stop]) if stop < len(index) else entries_end

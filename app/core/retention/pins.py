@@ -21,11 +21,6 @@ class Pin:
     name: str
     """A snapshot's name, or a fork's `tenant/database`."""
 
-    @property
-    def holds_generation(self) -> bool:
-        """Whether the whole generation stays readable, beyond its retention."""
-        return self.kind == "snapshot"
-
 
 def pins_of(snapshots: Iterable[SnapshotRecord], forks: Iterable[ForkRecord]) -> tuple[Pin, ...]:
     """Of one database, by generation."""

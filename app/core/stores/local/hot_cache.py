@@ -176,18 +176,6 @@ class HotCache:
             finally:
                 await writer.aclose()
 
-    async def admit_stream(
-        self, pieces: AsyncIterator[bytes], *, sha256: str, size_bytes: int
-    ) -> bool:
-        """Reads `pieces` to their end. Raises CorruptBlob if they are not what they should be.
-
-        True: it is in the cache. False: the bytes were right but there was no room for them.
-        """
-        async with self.writer(sha256=sha256, size_bytes=size_bytes) as writer:
-            async for piece in pieces:
-                await writer.write(piece)
-            return await writer.commit() or self._is_known(sha256)
-
     # --- reading
 
     async def pin(self, sha256: str, *, expected_bytes: int | None = None) -> PinnedFile | None:

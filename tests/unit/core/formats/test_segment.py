@@ -24,7 +24,6 @@ from app.core.formats.segment import (
     SegmentHeader,
     SegmentSummary,
     check_entry,
-    index_range,
     iter_entries,
     pack_directory,
     pack_entry_header,
@@ -191,25 +190,6 @@ def build_index(sizes: list[int]) -> tuple[IndexBuilder, list[tuple[int, int, in
     return builder, entries, offset
 
 
-@given(sizes=sizes, pick=st.tuples(st.floats(0, 1), st.floats(0, 1)))
-def test_an_index_range_holds_all_that_was_asked_for_and_little_more(
-    sizes: list[int], pick: tuple[float, float]
-) -> None:
-    builder, entries, end = build_index(sizes)
-    index = builder.array()
-    newest = entries[-1][0] + entries[-1][2] - 1
-    first, last = sorted(1 + round(part * (newest - 1)) for part in pick)
-    start, stop = index_range(index, entries_end=end, first_lsn=first, last_lsn=last)
-    offsets = {offset for _, offset, _ in entries} | {end}
-    assert start in offsets
-    assert stop in offsets
-    wanted = [offset for lsn, offset, count in entries if lsn <= last and first < lsn + count]
-    assert start <= wanted[0]
-    assert wanted[-1] < stop
-    assert wanted[0] - start < INDEX_STRIDE_BYTES
-    assert stop - wanted[-1] <= INDEX_STRIDE_BYTES + max(sizes)
-
-
 @given(sizes=sizes)
 def test_index_points_are_a_stride_apart(sizes: list[int]) -> None:
     builder, _, _ = build_index(sizes)
@@ -233,10 +213,9 @@ def test_an_index_cut_back_is_as_if_it_had_never_gone_on(sizes: list[int], keep:
     assert builder.array().tolist() == build_index(sizes)[0].array().tolist()
 
 
-def test_without_points_a_range_is_everything() -> None:
+def test_without_entries_there_are_no_points() -> None:
     empty = IndexBuilder().array()
     assert empty.shape == (0, 2)
-    assert index_range(empty, entries_end=64, first_lsn=1, last_lsn=9) == (64, 64)
 
 
 def test_the_trailer_tells_how_much_to_read() -> None:

@@ -98,9 +98,12 @@ async def read(cache: HotCache, data: bytes) -> bytes | None:
         return pinned.read_blocking(0, pinned.size_bytes)
 
 
-async def pieces(*parts: bytes):
-    for part in parts:
-        yield part
+async def written(cache: HotCache, *parts: bytes, sha256: str, size_bytes: int) -> bool:
+    """As a download does it; whether it is kept."""
+    async with cache.writer(sha256=sha256, size_bytes=size_bytes) as writer:
+        for part in parts:
+            await writer.write(part)
+        return await writer.commit()
 
 
 def files_of(tmp_path: Path) -> list[str]:
@@ -330,18 +333,18 @@ async def test_streamed_blob_is_verified_before_it_is_kept(tmp_path, open_cache,
     cache = await open_cache(500)
     data = bytes(range(200))
     parts = [data[:70], data[70:71], data[71:]]
-    assert await cache.admit_stream(pieces(*parts), sha256=sha(data), size_bytes=200)
+    assert await written(cache, *parts, sha256=sha(data), size_bytes=200)
     assert await read(cache, data) == data
 
     for wrong in ([data[:70], b"!", data[71:]], [data[:199]], [data, b"!"]):
         other = blob(3, 200)
         with pytest.raises(CorruptBlob):
-            await cache.admit_stream(pieces(*wrong), sha256=sha(other), size_bytes=200)
+            await written(cache, *wrong, sha256=sha(other), size_bytes=200)
     assert files_of(tmp_path) == [sha(data)]
     assert cache.stats().used_bytes == record.charged == 200
-    assert not await cache.admit_stream(pieces(blob(1, 501)), sha256=sha(blob(1, 501)),
+    assert not await written(cache, blob(1, 501), sha256=sha(blob(1, 501)),
                                         size_bytes=501)  # fmt: skip
-    assert await cache.admit_stream(pieces(), sha256=sha(b""), size_bytes=0)
+    assert await written(cache, sha256=sha(b""), size_bytes=0)
     assert await read(cache, b"") == b""
 
 

@@ -12,7 +12,7 @@ from app.core.base.clock import Clock
 from app.core.base.errors import BopError
 from app.core.base.events import Events
 from app.core.formats.record_framing import pack_records, unpack_records
-from app.core.formats.segment import EngineCode, EntryType, index_range, iter_entries
+from app.core.formats.segment import SEGMENT_HEADER_BYTES, EngineCode, EntryType, iter_entries
 from app.core.stores.wal.disk import Disk
 from app.core.stores.wal.log import (
     Appended,
@@ -228,11 +228,7 @@ def read_all(log: WalLog) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
     with log.pin(1, 1 << 62) as pin:
         for segment in pin.segments:
-            start, stop = index_range(
-                segment.index, entries_end=segment.entries_end,
-                first_lsn=segment.first_lsn, last_lsn=segment.durable_last_lsn,
-            )  # fmt: skip
-            data = segment.path.read_bytes()[start:stop]
+            data = segment.path.read_bytes()[SEGMENT_HEADER_BYTES : segment.entries_end]
             for offset, header in iter_entries(data):
                 body = data[offset + 80 : offset + header.entry_bytes]
                 for place, record in enumerate(unpack_records(body)):
