@@ -239,11 +239,28 @@ async def test_bit_rot_in_acknowledged_wal_is_told_and_nothing_is_cut(log):
     assert database["health"]["state"] == "corrupt_wal"
     refused = await log.client.post(URL, content=pack_records([b"x"]), headers=FRAMED)
     assert_problem(refused, 500, "corrupt_wal")
+    for query in ("", "?from_lsn=1&wait=30", "?from_lsn=2"):  # no empty answer, as if all was read
+        assert_problem(await log.client.get(f"{URL}{query}"), 500, "corrupt_wal")
     assert path.read_bytes() == data
     other = "/tenants/acme/databases/other"  # one database's damage stops no other
     await log.client.put(other, json={"engine": "append_only"})
     told = await log.client.post(f"{other}/records", content=pack_records([b"x"]), headers=FRAMED)
     assert told.status_code == 201
+
+
+async def test_what_lies_before_damaged_wal_is_read_up_to_it(log):
+    for number in range(3):
+        await log.client.post(URL, content=pack_records([b"record %d" % number]), headers=FRAMED)
+    await log.kill9()
+    path = next((log.data_dir / "wal").rglob("*.wal"))
+    data = bytearray(path.read_bytes())
+    data[data.index(b"record 1")] ^= 1
+    path.write_bytes(data)
+    await log.start()
+    known = await log.client.get(URL)
+    assert known.content == pack_records([b"record 0"])
+    assert (known.headers["Bop-Last-Lsn"], known.headers["Bop-Next-Lsn"]) == ("1", "2")
+    assert_problem(await log.client.get(f"{URL}?from_lsn=2"), 500, "corrupt_wal")
 
 
 async def test_a_manifest_older_than_the_wal_takes_nothing_from_it(log):

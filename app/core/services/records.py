@@ -90,10 +90,16 @@ class Records:
         as_lines: bool,
     ) -> RecordStream:
         """A stream of [from_lsn, to_lsn] up to a gap, to be closed by the caller. From beyond the
-        newest record it is empty, after waiting up to `wait_seconds` for that record.
-        Raises LsnTruncated, NotLineRecords.
+        newest record it is empty, after waiting up to `wait_seconds` for that record; where the
+        WAL is damaged it leads up to the damage, which is an error like any other.
+        Raises LsnTruncated, NotLineRecords, CorruptWal.
         """
         record, log = self._directory.require(tenant, name, "append_only")
+        if log.health == "corrupt_wal" and from_lsn >= log.next_lsn:
+            raise CorruptWal(
+                f"Records from LSN {log.next_lsn} on were acknowledged, and are damaged.",
+                next_lsn=log.next_lsn,
+            )
         if wait_seconds > 0 and from_lsn >= log.next_lsn:
             try:
                 async with asyncio.timeout(wait_seconds):

@@ -46,7 +46,9 @@ class House:
         self.manifest = manifest
         self.pin = FakePin(())
         self.pins = GenerationPins()
-        log = SimpleNamespace(next_lsn=self.last_lsn + 1, pin=lambda first, last: self.pin)
+        log = SimpleNamespace(
+            next_lsn=self.last_lsn + 1, health="ok", pin=lambda first, last: self.pin
+        )
         record = SimpleNamespace(db_id=db_id)
         directory: Any = SimpleNamespace(require=lambda tenant, name, engine: (record, log))
         self.records = Records(manifest, directory, reader, pins=self.pins, record_bytes_max=MIB)
