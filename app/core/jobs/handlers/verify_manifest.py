@@ -209,15 +209,17 @@ def has_recovered(view: ManifestView, db_id: int) -> bool:
 
 
 def report(held: HeldGeneration, found: list[VerificationRecord]) -> dict[str, Any]:
-    """The job's result."""
+    """The job's result. One that was given up before its last blob verified a part."""
     counts = Counter(record.outcome for record in found)
     bad = [
         {"key": record.key, "outcome": record.outcome, "detail": record.detail}
         for record in found
         if record.outcome != "ok"
     ]
+    is_whole = {blob.key for blob in held.blobs} == {record.key for record in found}
+    outcome = "verified" if is_whole else "partial"
     return {
-        "outcome": "damaged" if counts.keys() & _BAD else "verified",
+        "outcome": "damaged" if counts.keys() & _BAD else outcome,
         "generation": held.generation,
         "blobs": len(held.blobs),
         "verified_blobs": len(found),
