@@ -27,6 +27,17 @@ SHOW_SECONDS = 0.2
 MIB = 1024 * 1024
 
 
+_HINTS = {
+    "unreachable": "See --url or BOP_URL, and what /readyz says there. The next run goes on where "
+    "this one stopped.",
+    "file_error": "It reads and writes the file and its directory: run it as the application's "
+    "user, where that has them.",
+    "database_conflict": "Follow it to a database of another name.",
+    "page_size_mismatch": "Follow it to a database of another name.",
+    "unexpected_answer": "See --url or BOP_URL; perhaps a proxy is in between.",
+}
+
+
 def replicate(
     context: typer.Context,
     file: Annotated[
@@ -255,8 +266,8 @@ def _refusal(follower: "Follower") -> Failure:
     from app.client import ProblemError  # noqa: PLC0415 - not on the way to --help
 
     status, cause = follower.status, follower.refused and follower.refused.__cause__
-    hint = HINTS.get(str(status.refusal_code), "")
+    hint = HINTS.get(str(status.refusal_code)) or _HINTS.get(str(status.refusal_code), "")
     told = str(status.refusal)
-    if isinstance(cause, ProblemError) and hint:
-        told = told.removesuffix(f" {API_HINTS[str(status.refusal_code)]}")
+    if isinstance(cause, ProblemError):
+        told = told.removesuffix(f" {API_HINTS.get(str(status.refusal_code), '')}")
     return Failure(told, hint=hint, code=str(status.refusal_code))

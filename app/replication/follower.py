@@ -44,7 +44,7 @@ from app.replication.plan import (
     decide,
     unsent_bytes,
 )
-from app.replication.replica import Refused, Replica, Target, told
+from app.replication.replica import PATIENCE_SECONDS, Refused, Replica, Target, told
 from app.replication.shares import Shares
 from app.replication.source import LogMoved, NotFollowable, Source, SourceBusy, SourceProblem
 from app.replication.wal_index import Log
@@ -54,8 +54,6 @@ Ts = TypeVarTuple("Ts")
 
 TORN_LOOKS = 20
 """After so many the index was not left half written for a moment only."""
-ONCE_PATIENCE_SECONDS = 60.0
-"""How long who does not stay waits for a file."""
 
 Watch = Callable[["Follower"], None]
 
@@ -435,13 +433,14 @@ class Follower:
 
     def _give_up_once(self, reason: str) -> None:
         if self._once and self._replica.is_given_up:
-            raise Refused(f"The service does not take it: {reason}.", code="unreachable")
+            said = reason.rstrip(".")
+            raise Refused(f"The service does not take it: {said}.", code="unreachable")
 
     async def _cannot_follow(self, problem: SourceProblem) -> None:
         now = self._now()
         since = self._problem_since = now if self._problem_since is None else self._problem_since
         is_patient = self._source is not None or isinstance(problem, SourceBusy)
-        if self._once and (not is_patient or now - since > ONCE_PATIENCE_SECONDS):
+        if self._once and (not is_patient or now - since > PATIENCE_SECONDS):
             raise Refused(f"{problem}.", code="file_error") from problem
         if str(problem) != self._problem:
             self._problem = str(problem)

@@ -29,6 +29,8 @@ AWAY_SECONDS_MAX = 60.0
 GAPS_MAX = 3
 """Refusals in a row without a frame stored, until an image is sent."""
 
+PATIENCE_SECONDS = 60.0
+"""How long who does not stay waits for it."""
 REQUEST_BYTES_MIN = 256 * 1024
 """What is too large for the service, or for a proxy before it, is halved down to this."""
 
@@ -81,7 +83,7 @@ class Replica:
         self._asked_bytes = 0
         self._made_page_size: int | None = None
         self._away_count = 0
-        self._away_until = 0.0
+        self._away_since = self._away_until = 0.0
         self._gap_count = 0
 
     # --- how far it is
@@ -97,8 +99,9 @@ class Replica:
 
     @property
     def is_given_up(self) -> bool:
-        """For who does not stay: it was asked as often as there are waits."""
-        return self._away_count > len(AWAY_SECONDS)
+        """For who does not stay: it was asked as often as there are waits, or wants longer ones."""
+        too_long = self._away_until - self._away_since > PATIENCE_SECONDS
+        return self._away_count > len(AWAY_SECONDS) or (self._away_count > 1 and too_long)
 
     def forget(self, image_reason: str | None = None) -> None:
         """What is known of it; with a reason, it needs an image."""
@@ -292,6 +295,8 @@ class Replica:
         self.position = None
         seconds = AWAY_SECONDS[min(self._away_count, len(AWAY_SECONDS) - 1)]
         self._away_count += 1
+        if self._away_count == 1:
+            self._away_since = self._now()
         self._away_until = self._now() + min(max(seconds, at_least_seconds), AWAY_SECONDS_MAX)
         self.status.away = True
         self.status.caught_up = False

@@ -172,6 +172,14 @@ async def test_a_service_that_answers_and_takes_nothing_is_asked_ever_less(repli
     assert replica.is_given_up
 
 
+async def test_who_does_not_stay_does_not_wait_for_a_minute_and_another_one(replica, service):
+    for is_given_up in (False, True):
+        service.answers = [problem(507, "quota_exhausted", retry_after="60")]
+        replica.position = replica.confirmed
+        await judged(replica)
+        assert replica.is_given_up is is_given_up
+
+
 async def test_a_body_that_is_too_large_is_halved(replica, service, monkeypatch):
     """The service's limit may be lower than the usual request, and a proxy's, too."""
     monkeypatch.setattr(module, "REQUEST_BYTES_MIN", FRAME)
