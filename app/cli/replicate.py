@@ -30,8 +30,8 @@ MIB = 1024 * 1024
 _HINTS = {
     "unreachable": "See --url or BOP_URL, and what /readyz says there. The next run goes on where "
     "this one stopped.",
-    "file_error": "It reads and writes the file and its directory: run it as the application's "
-    "user, where that has them.",
+    "file_error": "It needs to read and write the file and its directory, as the application's "
+    "user can. The next run goes on where this one stopped.",
     "database_conflict": "Follow it to a database of another name.",
     "page_size_mismatch": "Follow it to a database of another name.",
     "unexpected_answer": "See --url or BOP_URL; perhaps a proxy is in between.",

@@ -54,7 +54,6 @@ Ts = TypeVarTuple("Ts")
 
 TORN_LOOKS = 20
 """After so many the index was not left half written for a moment only."""
-
 Watch = Callable[["Follower"], None]
 
 
@@ -321,6 +320,7 @@ class Follower:
     async def _send_image_now(self, source: Source, reason: str) -> None:
         image = await self._blocking(source.image_blocking)
         log, total = image.log, image.content_bytes
+        growth_bytes_max = 2 * behind_bytes_max(log, self._limits)
         self._keep(None)
         self.status.image_total_bytes = total
         self._replica.note(
@@ -334,7 +334,7 @@ class Follower:
             at = 0
             while at < total:
                 piece, now = await self._blocking(look_blocking, at)
-                if now is not None and now.end > 2 * behind_bytes_max(now, self._limits):
+                if now is not None and now.grown_since(log) > growth_bytes_max:
                     raise Outgrown
                 at += len(piece)
                 self.status.image_sent_bytes = at

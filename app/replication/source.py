@@ -314,7 +314,7 @@ class Source:
         try:
             with self._writers_out():
                 self._renew(passive_checkpoint=True)
-        except SourceBusy:
+        except SourceProblem:  # a long transaction, or no room
             self.take_lock_blocking()
 
     def _is_copied(self, log: Log) -> bool:

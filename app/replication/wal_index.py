@@ -51,6 +51,10 @@ class Log:
         """The offset behind the last frame; 0 without one, for then the log has no header yet."""
         return LOG_HEADER_BYTES + self.frames * self.frame_bytes if self.frames else 0
 
+    def grown_since(self, before: "Log") -> int:
+        """Bytes; all of it where it was restarted."""
+        return self.end - before.end if self.salts == before.salts else self.end
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:

@@ -18,7 +18,8 @@ import pytest
 from app.replication import fleet as fleet_module
 from app.replication import shares as shares_module
 from app.replication.bell import IDLE_SECONDS
-from app.replication.plan import Limits
+from app.replication.image import Image
+from app.replication.plan import MIB, Limits
 from app.replication.source import Source
 from tests.helpers import sqlite_writer
 from tests.helpers.following import (
@@ -36,7 +37,7 @@ from tests.helpers.wait import wait_until as wait_until_within
 
 def connect(path: Path) -> "closing[sqlite3.Connection]":
     """An application that leaves its log alone."""
-    application = sqlite3.connect(path, isolation_level=None, timeout=5)
+    application = sqlite3.connect(path, isolation_level=None, timeout=5, check_same_thread=False)
     application.execute("PRAGMA wal_autocheckpoint=0")
     return closing(application)
 
@@ -100,6 +101,29 @@ async def test_an_index_that_a_killed_writer_left_half_written_is_mended(databas
             insert(application, 2)
             await wait_until(lambda: committed(stub) == 2)
     assert stub.databases[NAME].images == 1, following.reasons()
+    assert_equal(stub, database)
+
+
+async def test_an_image_that_is_too_slow_does_not_let_the_log_fill_the_disk(
+    database, stub, monkeypatch
+):
+    limits = Limits(unsent_bytes=64 * 1024)
+    read, tx = Source.read_image_blocking, 1
+    with connect(database) as application:
+        insert(application, tx, filler=2 * MIB)
+
+        def read_while_it_writes(source: Source, image: Image, offset: int) -> bytes:
+            nonlocal tx
+            for _ in range(4 if tx < 21 else 0):
+                tx += 1
+                application.execute("DELETE FROM filler")
+                insert(application, tx, filler=2 * MIB)
+            return read(source, image, offset)
+
+        monkeypatch.setattr(Source, "read_image_blocking", read_while_it_writes)
+        async with followed(database, stub.url, limits=limits) as following:
+            await wait_until(lambda: committed(stub) == 21)
+            assert "outgrew" in next(e.detail for e in following.told if e.event == "let_go")
     assert_equal(stub, database)
 
 
