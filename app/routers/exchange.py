@@ -9,6 +9,7 @@ nothing is durable here.
 """
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,8 +21,11 @@ from starlette.types import Message, Receive, Scope, Send
 from app.core.base.clock import Randomness
 
 SCOPE_KEY = "bop.exchange"
-LINGER_SECONDS = 2.0
-LINGER_BYTES = 64 * 1024 * 1024
+STRANGER_LINGER_SECONDS = 2.0
+STRANGER_LINGER_BYTES = 64 * 1024 * 1024
+LINGER_IDLE_SECONDS = 5.0
+LINGER_GRACE_SECONDS = 30.0
+LINGER_BYTES_PER_SECOND = 1024 * 1024
 UNREAD_BYTES_FREE = 64 * 1024
 """So little unread body is thrown away by the server itself; the connection can stay."""
 
@@ -158,18 +162,32 @@ class Exchange:
         return (self.body_declared or 0) - self.body_received > UNREAD_BYTES_FREE
 
     async def _linger(self) -> None:
-        """Closing with unread data resets the connection, and the client may never see the answer.
+        """Closing with unread data resets the connection, and the client may never see the answer:
+        most look for one only when all is sent. So who is known, and sends fast enough, is read to
+        the end; a stranger for a moment.
 
         See RFC 9112, section 9.6.
         """
-        limit = self.body_received + LINGER_BYTES
-        try:
-            async with asyncio.timeout(LINGER_SECONDS):
-                while not self.body_ended and self.body_received < limit:
-                    if (await self.receive())["type"] != "http.request":
-                        return
-        except TimeoutError:
-            return
+        with contextlib.suppress(TimeoutError):
+            if self.principal is None:
+                async with asyncio.timeout(STRANGER_LINGER_SECONDS):
+                    await self._discard(STRANGER_LINGER_BYTES)
+                return
+            loop = asyncio.get_running_loop()
+            began, before = loop.time(), self.body_received
+            while not self.body_ended:
+                seconds = loop.time() - began - LINGER_GRACE_SECONDS
+                if self.body_received - before < seconds * LINGER_BYTES_PER_SECOND:
+                    return
+                async with asyncio.timeout(LINGER_IDLE_SECONDS):
+                    await self._discard(1)
+
+    async def _discard(self, count: int) -> None:
+        """At least `count` bytes of the body, or all that comes."""
+        limit = self.body_received + count
+        while not self.body_ended and self.body_received < limit:
+            if (await self.receive())["type"] != "http.request":
+                self.body_ended = True  # the client went away
 
 
 def new_request_id(randomness: Randomness) -> str:

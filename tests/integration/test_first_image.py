@@ -197,3 +197,21 @@ async def test_one_that_cannot_be_stored_is_refused_before_it_has_come(
         assert (answer.status_code, answer.json()["code"]) == (status, code)
         assert written_bytes(server) - before < MIB, "as soon as its head was there"
     assert (await server.client.get(DB)).json()["next_lsn"] == 1
+
+
+async def test_a_client_that_sends_on_sees_why_it_was_refused(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    """Most clients look for an answer only when they have sent all of it."""
+    head = image_of(tmp_path / "app.db", page_size=4096, size_bytes=MIB)[:4096]
+    await create(server.client, page_size=4096)
+    count = 160
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for number in range(count):
+            yield (head if number == 0 else b"").ljust(MIB, b"x")
+
+    headers = {"Content-Length": str(count * MIB)}
+    answer = await server.client.put(f"{DB}/image", content=pieces(), headers=headers)
+    assert (answer.status_code, answer.json()["code"]) == (400, "image_invalid")
+    assert answer.headers["Connection"] == "close"

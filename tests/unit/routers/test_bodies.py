@@ -11,8 +11,9 @@ from app.core.base.clock import SeededRandomness, SystemClock
 from app.core.base.errors import BodyTooLarge, DiskFull, InvalidRequest, MalformedRecords
 from app.core.formats.record_framing import LineFramer, pack_records
 from app.routers import bodies, exchange
+from app.routers.auth import LOCAL
 from app.routers.bodies import BodyLimits, BodyMemory, BodyReader, RecordBody, Spool
-from app.routers.exchange import ClientGone, Exchange
+from app.routers.exchange import ClientGone, Exchange, Principal
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.wait import wait_until
 from tests.unit.routers.asgi import RawExchange
@@ -81,7 +82,7 @@ async def test_a_body_of_just_the_limit_is_taken(small: Running):
 
 
 async def test_a_silent_body_is_refused(small: Running, monkeypatch):
-    monkeypatch.setattr(exchange, "LINGER_SECONDS", 0.05)
+    monkeypatch.setattr(exchange, "LINGER_IDLE_SECONDS", 0.05)
     raw = RawExchange("POST", PATH, headers={**LINES, "Transfer-Encoding": "chunked"})
     raw.body(b"a\n", more=True)
     await raw.run(small.app)
@@ -119,6 +120,38 @@ async def test_a_refused_body_is_read_away_so_that_the_answer_is_seen(small: Run
     assert raw.status == 413
     assert raw.reads == 10
     assert [message.get("more_body") for message in raw.sent[1:]] == [True, False]
+
+
+def refused_after(raw: RawExchange, principal: Principal | None) -> Exchange:
+    made = Exchange(raw.scope, raw.receive, raw.send, SeededRandomness(1))
+    made.principal = principal
+    return made
+
+
+@pytest.mark.parametrize("principal", [None, LOCAL])
+async def test_only_who_is_known_is_read_to_the_end(monkeypatch, principal):
+    monkeypatch.setattr(exchange, "STRANGER_LINGER_BYTES", 30_000)
+    raw = RawExchange("POST", PATH, headers={"Content-Length": "100000"})
+    for _ in range(9):
+        raw.body(b"x" * 10_000, more=True)
+    raw.body(b"x" * 10_000)
+    made = refused_after(raw, principal)
+    await made.send({"type": "http.response.start", "status": 401, "headers": []})
+    await made.send({"type": "http.response.body", "body": b"no"})
+    assert raw.reads == (3 if principal is None else 10)
+    assert [message.get("more_body") for message in raw.sent[1:]] == [True, False]
+
+
+async def test_who_sends_too_slowly_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(exchange, "LINGER_GRACE_SECONDS", -0.001)
+    raw = RawExchange("POST", PATH, headers={"Content-Length": "100000"})
+    for _ in range(10):
+        raw.body(b"x", more=True)
+    made = refused_after(raw, LOCAL)
+    await made.send({"type": "http.response.start", "status": 413, "headers": []})
+    await made.send({"type": "http.response.body", "body": b"no"})
+    assert raw.reads < 3
+    assert not raw.sent[-1]["more_body"]
 
 
 def reader_of(raw: RawExchange, *, bytes_max=10_000_000, clock=None, rate=0) -> BodyReader:
