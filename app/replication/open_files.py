@@ -7,6 +7,7 @@ without its read lock and not know that it misses frames.
 Concurrency: any thread.
 """
 
+import os
 import threading
 from pathlib import Path
 
@@ -50,7 +51,15 @@ def begins_with_blocking(path: Path, data: bytes) -> bool:
         if file_id(path) in _followed:
             return True
         try:
-            with path.open("rb") as file:
-                return file.read(len(data)) == data
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
             return False
+        status = os.fstat(descriptor)
+        if (status.st_dev, status.st_ino) in _followed:
+            return True  # it was renamed just now; the descriptor stays, for closing it would harm
+        try:
+            return os.pread(descriptor, len(data), 0) == data
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)

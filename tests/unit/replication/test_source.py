@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from app.replication import open_files
 from app.replication.source import (
     LogMoved,
     NotFollowable,
@@ -290,6 +291,20 @@ def test_a_file_is_followed_once_under_whatever_name(source, application, path, 
     source.close_blocking()
     again = Source.open_blocking(path)
     again.close_blocking()
+
+
+def test_looking_into_a_file_that_is_renamed_at_that_moment_keeps_its_lock(
+    source, application, path, monkeypatch
+):
+    insert(application)
+    salts = source.lock.salts
+    monkeypatch.setattr(open_files, "file_id", lambda _: None)  # as it was before the rename
+    assert open_files.begins_with_blocking(path, b"whatever it holds")
+    monkeypatch.undo()
+    for _ in range(2):
+        application.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        insert(application)
+    assert source.log_blocking().salts == salts, "its lock is there"
 
 
 TRUNCATE = """
