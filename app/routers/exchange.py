@@ -21,8 +21,8 @@ from starlette.types import Message, Receive, Scope, Send
 from app.core.base.clock import Randomness
 
 SCOPE_KEY = "bop.exchange"
-STRANGER_LINGER_SECONDS = 2.0
-STRANGER_LINGER_BYTES = 64 * 1024 * 1024
+BRIEF_LINGER_SECONDS = 2.0
+BRIEF_LINGER_BYTES = 64 * 1024 * 1024
 LINGER_IDLE_SECONDS = 5.0
 LINGER_GRACE_SECONDS = 30.0
 LINGER_BYTES_PER_SECOND = 1024 * 1024
@@ -163,15 +163,15 @@ class Exchange:
 
     async def _linger(self) -> None:
         """Closing with unread data resets the connection, and the client may never see the answer:
-        most look for one only when all is sent. So who is known, and sends fast enough, is read to
-        the end; a stranger for a moment.
+        most look for one only when all is sent. So who is known, has said how much it is and sends
+        fast enough is read to the end; any other for a moment.
 
         See RFC 9112, section 9.6.
         """
         with contextlib.suppress(TimeoutError):
-            if self.principal is None:
-                async with asyncio.timeout(STRANGER_LINGER_SECONDS):
-                    await self._discard(STRANGER_LINGER_BYTES)
+            if self.principal is None or self.body_declared is None:
+                async with asyncio.timeout(BRIEF_LINGER_SECONDS):
+                    await self._discard(BRIEF_LINGER_BYTES)
                 return
             loop = asyncio.get_running_loop()
             began, before = loop.time(), self.body_received

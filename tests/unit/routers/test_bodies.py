@@ -82,7 +82,7 @@ async def test_a_body_of_just_the_limit_is_taken(small: Running):
 
 
 async def test_a_silent_body_is_refused(small: Running, monkeypatch):
-    monkeypatch.setattr(exchange, "LINGER_IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(exchange, "BRIEF_LINGER_SECONDS", 0.05)
     raw = RawExchange("POST", PATH, headers={**LINES, "Transfer-Encoding": "chunked"})
     raw.body(b"a\n", more=True)
     await raw.run(small.app)
@@ -128,17 +128,26 @@ def refused_after(raw: RawExchange, principal: Principal | None) -> Exchange:
     return made
 
 
-@pytest.mark.parametrize("principal", [None, LOCAL])
-async def test_only_who_is_known_is_read_to_the_end(monkeypatch, principal):
-    monkeypatch.setattr(exchange, "STRANGER_LINGER_BYTES", 30_000)
-    raw = RawExchange("POST", PATH, headers={"Content-Length": "100000"})
+@pytest.mark.parametrize(
+    ("principal", "headers", "reads"),
+    [
+        (None, {"Content-Length": "100000"}, 3),
+        (LOCAL, {"Content-Length": "100000"}, 10),
+        (LOCAL, {"Transfer-Encoding": "chunked"}, 3),
+    ],
+)
+async def test_only_who_is_known_and_says_how_much_is_read_to_the_end(
+    monkeypatch, principal, headers, reads
+):
+    monkeypatch.setattr(exchange, "BRIEF_LINGER_BYTES", 30_000)
+    raw = RawExchange("POST", PATH, headers=headers)
     for _ in range(9):
         raw.body(b"x" * 10_000, more=True)
     raw.body(b"x" * 10_000)
     made = refused_after(raw, principal)
     await made.send({"type": "http.response.start", "status": 401, "headers": []})
     await made.send({"type": "http.response.body", "body": b"no"})
-    assert raw.reads == (3 if principal is None else 10)
+    assert raw.reads == reads
     assert [message.get("more_body") for message in raw.sent[1:]] == [True, False]
 
 
