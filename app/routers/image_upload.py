@@ -20,6 +20,7 @@ from app.core.base.errors import (
     ImageInvalid,
     InvalidRequest,
     PageSizeMismatch,
+    PreconditionFailed,
     QuotaExhausted,
     RemoteUnavailable,
     TransactionTooLarge,
@@ -29,13 +30,14 @@ from app.core.base.errors import (
 )
 from app.core.formats.sqlite_image import IMAGE_HEADER_BYTES
 from app.core.services.image_draft import ImageDraft
-from app.core.services.pages_in import LogPlace
+from app.core.services.pages_in import ContentState, LogPlace
 from app.routers.auth import needs
 from app.routers.bodies import BodyReader
 from app.routers.databases import DATABASE_PATH
 from app.routers.deps import DatabaseName, TenantName, desk_of
 from app.routers.exchange import exchange_of
 from app.routers.openapi import problems
+from app.routers.ranges import REPLACING_PARAMETERS, check_replacing
 from app.routers.raw_bodies import RawBody
 from app.routers.route import ScopedRoute
 from app.routers.schemas import ImageStoredView
@@ -47,12 +49,13 @@ _WORD: dict[str, Any] = {"ge": 0, "le": 2**32 - 1}
 
 @router.put(
     f"{DATABASE_PATH}/image",
-    openapi_extra=RAW_BODY,
+    openapi_extra={**RAW_BODY, "parameters": list(REPLACING_PARAMETERS)},
     responses=problems(
         ImageInvalid,
         DatabaseNotFound,
         WrongEngine,
         PageSizeMismatch,
+        PreconditionFailed,
         WalLost,
         BodyTooLarge,
         UnsupportedMediaType,
@@ -80,13 +83,19 @@ async def put_image(
     checksum2: Annotated[int | None, Query(**_WORD)] = None,
 ) -> ImageStoredView:
     """Makes the file the content, in one commit. The five parameters, all or none, state the
-    position in the application's WAL that it includes; `POST …/wal` goes on there.
+    position in the application's WAL that it includes; `POST …/wal` goes on there. `If-Match` with
+    the image's ETag, or `If-None-Match: *`, make sure of what it replaces.
     """
     desk = desk_of(request)
     pages_in = desk.services.pages_in
     place = _place(offset, salt1, salt2, checksum1, checksum2)
     page_size = pages_in.check_writable(tenant, database)
     exchange = exchange_of(request)
+
+    def condition(replaced: ContentState) -> None:
+        check_replacing(request, etag=f'"{replaced.tag}"', exists=not replaced.is_empty)
+
+    condition(pages_in.content_state(tenant, database))  # before the body comes, and again after
 
     async def draft(head: bytes) -> ImageDraft | None:
         if exchange.body_declared is None:
@@ -104,7 +113,9 @@ async def put_image(
         check_head=lambda head: pages_in.check_image_head(head, page_size=page_size),
         draft=draft,
     ) as body:
-        stored = await pages_in.put_image(tenant, database, await body.read(), place=place)
+        stored = await pages_in.put_image(
+            tenant, database, await body.read(), place=place, condition=condition
+        )
     return ImageStoredView.of(stored)
 
 

@@ -19,6 +19,14 @@ CONDITION_PARAMETERS: tuple[dict[str, Any], ...] = tuple(
 )
 """For the OpenAPI document."""
 
+REPLACING_PARAMETERS: tuple[dict[str, Any], ...] = tuple(
+    {"name": name, "in": "header", "description": text, "schema": {"type": "string"}}
+    for name, text in (
+        ("If-Match", "412 unless this is the ETag of what is replaced."),
+        ("If-None-Match", "`*`: 412 unless there is nothing yet."),
+    )
+)
+
 _ONE_RANGE = re.compile(r"bytes[ \t]*=[ \t]*(?:([0-9]+)-([0-9]*)|-([0-9]+))[ \t]*", re.IGNORECASE)
 _TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'
 _TAGS = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")
@@ -86,6 +94,20 @@ def decide(
     if method != "GET" or (if_range is not None and if_range.strip() != etag):
         return "whole"
     return parse_range(range_header, size=size) or "whole"
+
+
+def check_replacing(request: Request, *, etag: str, exists: bool) -> None:
+    """For what replaces the resource. Raises PreconditionFailed."""
+    if_match = request.headers.get("if-match")
+    if if_match is not None:
+        any_will_do = if_match.strip() == "*"
+        if not (exists if any_will_do else _matches(if_match, etag, weakly=False)):
+            raise PreconditionFailed("If-Match names another state.", etag=etag)
+    if_none_match = request.headers.get("if-none-match")
+    if if_none_match is not None:
+        any_is_wrong = if_none_match.strip() == "*"
+        if exists if any_is_wrong else _matches(if_none_match, etag, weakly=True):
+            raise PreconditionFailed("If-None-Match names this state.", etag=etag)
 
 
 def _matches(header: str, etag: str, *, weakly: bool) -> bool:

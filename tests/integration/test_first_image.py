@@ -215,3 +215,46 @@ async def test_a_client_that_sends_on_sees_why_it_was_refused(
     answer = await server.client.put(f"{DB}/image", content=pieces(), headers=headers)
     assert (answer.status_code, answer.json()["code"]) == (400, "image_invalid")
     assert answer.headers["Connection"] == "close"
+
+
+async def test_what_an_image_replaces_can_be_made_sure_of(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    one, two = (
+        image_of(tmp_path / f"{seed}.db", page_size=4096, size_bytes=2 * MIB, seed=seed)
+        for seed in (1, 2)
+    )
+    await create(server.client, page_size=4096)
+
+    async def put(image: bytes, **headers: str) -> httpx.Response:
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        return await server.client.put(f"{DB}/image", content=image, headers=sent)
+
+    async def etag() -> str:
+        return (await server.client.head(f"{DB}/image")).headers["ETag"]
+
+    answer = await put(one, If_Match="*")
+    assert (answer.status_code, answer.json()["code"]) == (412, "precondition_failed")
+    assert (await put(one, If_None_Match="*")).status_code == 200
+    first = await etag()
+    answer = await put(two, If_None_Match="*")
+    assert (answer.status_code, answer.json()["etag"]) == (412, first)
+    for names_another in ('"1-1"', f"W/{first}", "", "nothing", f'"x", {first[:-1]}9"'):
+        assert (await put(two, If_Match=names_another)).status_code == 412, names_another
+    assert (await put(two, If_None_Match=f"W/{first}")).status_code == 412
+    assert await etag() == first
+    await check_content(server.client, one)
+    # of two that replace the same, one does
+    answers = await asyncio.gather(*(put(two, If_Match=f'"x", {first}') for _ in range(2)))
+    assert sorted(answer.status_code for answer in answers) == [200, 412]
+    await check_content(server.client, two)
+    assert (await put(one, If_Match="*")).status_code == 200
+    await server.restart()
+    assert (await put(two, If_Match=await etag())).status_code == 200
+    job = (
+        await server.client.post("/checkpoints", json={"tenant": "acme", "database": "app"})
+    ).json()
+    await server.client.get(f"/checkpoints/{job['id']}?wait=30")
+    await server.restart()
+    assert (await put(one, If_Match=await etag())).status_code == 200
+    await check_content(server.client, one)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from app.core.reads.image import iter_image
 from app.core.reads.page_store import PageStore
 from app.core.reads.read_point import ReadPoint
+from app.core.services.page_state import content_tag
 from app.core.services.states import States, StateSelector
 
 
@@ -30,8 +31,7 @@ class Image:
 
     @property
     def tag(self) -> str:
-        """Names the content: LSNs are never reused, nor are databases' ids."""
-        return f"{self.point.database.db_id}-{self.point.lsn}"
+        return content_tag(self.point.database.db_id, self.point.lsn)
 
     def content(self, first: int, stop: int) -> AsyncGenerator[memoryview, None]:
         """The bytes [first, stop), in pieces of at most 1 MiB. Raises CorruptBlob, CorruptWal,

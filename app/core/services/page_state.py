@@ -20,6 +20,11 @@ class PageState:
         return self.footer.page_count
 
 
+def content_tag(db_id: int, lsn: int) -> str:
+    """Names a database's content: LSNs are never reused, nor are databases' ids."""
+    return f"{db_id}-{lsn}"
+
+
 def page_state(view: ManifestView, record: DatabaseRecord, log: WalLog) -> PageState:
     """`record` is the row as it is now. Raises Damage where the row holds no position."""
     generation = view.generation(record.db_id, record.generation)

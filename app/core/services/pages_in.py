@@ -12,7 +12,7 @@ sends its bytes again, and what is stored is recognised.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
@@ -54,7 +54,7 @@ from app.core.services.image_body import (
 )
 from app.core.services.image_draft import ImageDraft
 from app.core.services.page_payloads import Body, FramesPayload
-from app.core.services.page_state import PageState, page_state
+from app.core.services.page_state import PageState, content_tag, page_state
 from app.core.services.wal_body import frames_max, plan_frames, scan_blocking
 from app.core.stores.manifest.records import DatabaseRecord
 from app.core.stores.manifest.store import ManifestStore
@@ -105,6 +105,16 @@ class ImageStored:
     lsn: int
     page_count: int
     changed_pages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContentState:
+    tag: str
+    """As `Image.tag`."""
+    is_empty: bool
+
+
+Condition = Callable[[ContentState], None]
 
 
 class PagesIn:
@@ -234,7 +244,7 @@ class PagesIn:
         nothing is stored yet. Raises ImageInvalid, PageSizeMismatch, InvalidRequest,
         TransactionTooLarge.
         """
-        record, log = self._directory.require(tenant, name, "libsql")
+        _, log = self._directory.require(tenant, name, "libsql")
         record, state = self._state(tenant, name, log)
         if state.last_lsn:
             return None
@@ -253,12 +263,23 @@ class PagesIn:
         image.begin(draft)
         return image
 
+    def content_state(self, tenant: str, name: str) -> ContentState:
+        """What is stored now."""
+        _, log = self._directory.require(tenant, name, "libsql")
+        return _content_state(*self._state(tenant, name, log))
+
     async def put_image(
-        self, tenant: str, name: str, body: Body, *, place: LogPlace | None
+        self,
+        tenant: str,
+        name: str,
+        body: Body,
+        *,
+        place: LogPlace | None,
+        condition: Condition = lambda _: None,
     ) -> ImageStored:
         """Makes the body the content, in one commit, durably (I1): the pages that differ are
-        stored. Raises ImageInvalid, PageSizeMismatch, InvalidRequest, TransactionTooLarge,
-        DiskFull, Backpressure.
+        stored. `condition` is given what it replaces, and may raise. Raises ImageInvalid,
+        PageSizeMismatch, InvalidRequest, TransactionTooLarge, DiskFull, Backpressure.
         """
         record, log = self._directory.require(tenant, name, "libsql")
         page_size = record.page_size
@@ -266,6 +287,7 @@ class PagesIn:
         page_count = await self._pool.run(lambda: page_count_blocking(body, page_size=page_size))
         async with self._turn(record.db_id):
             record, state = self._state(tenant, name, log)
+            condition(_content_state(record, state))
             pages = await self._changed(
                 record.db_id, body, page_count=page_count, page_size=page_size
             )
@@ -327,6 +349,11 @@ class PagesIn:
     async def _append(self, log: WalLog, entries: Sequence[FramesPayload]) -> Appended:
         request = AppendRequest(entries=entries, entry_type=EntryType.FRAMES)
         return await uninterrupted(log.append(request))
+
+
+def _content_state(record: DatabaseRecord, state: PageState) -> ContentState:
+    tag = content_tag(record.db_id, state.last_lsn)
+    return ContentState(tag=tag, is_empty=state.page_count == 0)
 
 
 def _footer(state: PageState, *, page_count: int, position: WalPosition | None) -> FrameFooter:
