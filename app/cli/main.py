@@ -74,6 +74,7 @@ class RootGroup(TyperGroup):
             exit_code = misread.exit_code
             screen.failure(misread)
         if standalone_mode:
+            screen.let_go()
             sys.exit(exit_code or 0)
         return exit_code
 

@@ -2,6 +2,7 @@
 that is only about the doing on standard error.
 """
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,18 @@ class Screen:
         sys.stdout.flush()
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+
+    def let_go(self) -> None:
+        """At the end: what could not be written has been told, and the interpreter must not try it
+        once more, and complain.
+        """
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
     def text(self, markup: str) -> None:
         """A line for people; rich markup."""

@@ -110,6 +110,9 @@ class FileTokens:
             self._events.info("auth.tokens_reloaded", path=str(self._path))
 
 
+_decode = msgspec.json.Decoder(TokensFile).decode
+
+
 def _stamp_blocking(path: Path) -> tuple[int, int, int]:
     stat = path.stat()
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
@@ -117,4 +120,4 @@ def _stamp_blocking(path: Path) -> tuple[int, int, int]:
 
 def _load_blocking(path: Path) -> tuple[TokenTable, tuple[int, int, int]]:
     stamp = _stamp_blocking(path)
-    return TokenTable(msgspec.json.decode(path.read_bytes(), type=TokensFile)), stamp
+    return TokenTable(_decode(path.read_bytes())), stamp

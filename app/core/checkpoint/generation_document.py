@@ -199,6 +199,9 @@ def encode_document(document: GenerationDocument) -> bytes:
     return zstandard.ZstdCompressor(level=3).compress(msgspec.json.encode(document))
 
 
+_decoder = msgspec.json.Decoder(GenerationDocument)
+
+
 def decode_document(data: bytes, *, key: str) -> GenerationDocument:
     """Raises CorruptBlob, or FormatFromFuture for a newer version."""
     try:
@@ -209,7 +212,7 @@ def decode_document(data: bytes, *, key: str) -> GenerationDocument:
     except zstandard.ZstdError as error:
         raise CorruptBlob("A generation document cannot be decompressed.", key=key) from error
     return decode_json_document(
-        plain, GenerationDocument, document_format=FORMAT, version_max=VERSION, key=key
+        plain, _decoder, document_format=FORMAT, version_max=VERSION, key=key
     )
 
 

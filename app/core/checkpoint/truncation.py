@@ -56,6 +56,9 @@ class TruncationOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """Of which something was dropped."""
 
 
+_decode_outcome = msgspec.msgpack.Decoder(TruncationOutcome).decode
+
+
 class TruncationExecutor:
     def __init__(self, parts: CheckpointParts) -> None:
         self._parts = parts
@@ -75,7 +78,7 @@ class TruncationExecutor:
             await self._publish(hold, plan, database)
         await complete_publication(self._parts, hold)
         assert hold.job.plan is not None
-        outcome = msgspec.msgpack.decode(hold.job.plan, type=TruncationOutcome)
+        outcome = _decode_outcome(hold.job.plan)
         return _result(request, outcome)
 
     async def _publish(self, hold: JobHold, plan: TruncationPlan, database: DatabaseRecord) -> None:

@@ -33,6 +33,9 @@ class OwnerRecord(msgspec.Struct, frozen=True, kw_only=True):
     claimed_at: str
 
 
+_decode = msgspec.json.Decoder(OwnerRecord).decode
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claimant:
     node_id: str
@@ -142,7 +145,7 @@ class PrefixOwnership:
         except BlobMissing:
             return None
         try:
-            return msgspec.json.decode(data, type=OwnerRecord)
+            return _decode(data)
         except msgspec.DecodeError as error:
             raise RemoteMisconfigured(
                 f"{OWNER_KEY} under the remote prefix is no owner record; the prefix may be in "

@@ -85,15 +85,15 @@ class Frame:
 
     def start(self) -> ScanStart:
         """Raises Damage."""
-        return _decoded(ScanStart, self.payload)
+        return _decoded(_START, self.payload)
 
     def end(self) -> ScanEnd:
         """Raises Damage."""
-        return _decoded(ScanEnd, self.payload)
+        return _decoded(_END, self.payload)
 
     def problem(self) -> dict[str, Any]:
         """Raises Damage."""
-        return _decoded(dict[str, Any], self.payload)
+        return _decoded(_PROBLEM, self.payload)
 
 
 def note_frame(kind: FrameType, members: ScanStart | ScanEnd | dict[str, Any]) -> Frame:
@@ -206,8 +206,12 @@ def _type(code: int) -> FrameType:
         raise Damage("a frame of an unknown type") from error
 
 
-def _decoded(into: type[T], payload: bytes | memoryview) -> T:
+_START, _END = msgspec.json.Decoder(ScanStart), msgspec.json.Decoder(ScanEnd)
+_PROBLEM = msgspec.json.Decoder(dict[str, Any])
+
+
+def _decoded(decoder: msgspec.json.Decoder[T], payload: bytes | memoryview) -> T:
     try:
-        return msgspec.json.decode(payload, type=into)
+        return decoder.decode(payload)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Damage(f"a frame does not hold what its type says: {error}") from error

@@ -57,10 +57,13 @@ def with_document(database: DatabaseRecord, row: SnapshotRecord) -> SnapshotReco
     return msgspec.structs.replace(row, document=document)
 
 
+_decoder = msgspec.json.Decoder(SnapshotDocument)
+
+
 def decode_snapshot(data: bytes, *, key: str) -> SnapshotDocument:
     """Raises CorruptBlob, or FormatFromFuture for a newer version."""
     document = decode_json_document(
-        data, SnapshotDocument, document_format=FORMAT, version_max=VERSION, key=key
+        data, _decoder, document_format=FORMAT, version_max=VERSION, key=key
     )
     if not key.endswith(f"/meta-{hashlib.sha256(data).hexdigest()}.json"):
         raise CorruptBlob("Not the snapshot document of its key.", key=key)

@@ -49,6 +49,9 @@ class RoundReport:
     """Blobs in the queue afterwards."""
 
 
+_decode_time = msgspec.msgpack.Decoder(StoredTime).decode
+
+
 class Collector:
     name = "collector"
 
@@ -220,4 +223,4 @@ class Collector:
     def _load(self) -> StoredTime | None:
         with self._manifest.read() as view:
             raw = view.meta(META_NAME)
-        return None if raw is None else msgspec.msgpack.decode(raw, type=StoredTime)
+        return None if raw is None else _decode_time(raw)

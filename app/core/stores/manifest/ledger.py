@@ -58,6 +58,9 @@ class LedgerEntry(msgspec.Struct, frozen=True, kw_only=True):
     applied_at_us: int
 
 
+_decode_entry = msgspec.msgpack.Decoder(LedgerEntry).decode
+
+
 def migrate_blocking(
     environment: ManifestEnvironment,
     steps: Sequence[MigrationStep],
@@ -117,7 +120,7 @@ def _read_ledger(environment: ManifestEnvironment) -> dict[int, LedgerEntry]:
     try:
         rows = CommittedRows(transaction, environment.handles)
         return {
-            int(key.removeprefix(LEDGER_PREFIX)): msgspec.msgpack.decode(raw, type=LedgerEntry)
+            int(key.removeprefix(LEDGER_PREFIX)): _decode_entry(raw)
             for key, raw in rows.scan(SCHEMA, LEDGER_PREFIX)
         }
     except (msgspec.MsgspecError, ValueError) as error:
