@@ -127,7 +127,7 @@ async def _raw_puts(seaweed: SeaweedS3, bucket: str, files: list[Path], *, round
                     await client.put_object(
                         Bucket=bucket,
                         Key=f"raw-{round_}/{path.name}",
-                        Body=FileStream(fd, first=0, length=size, pool=pool, progress=_no_progress),
+                        Body=FileStream(fd, first=0, length=size, pool=pool, progress=()),
                         ContentLength=size,
                         ChecksumCRC64NVME=encode_crc64(checksums[path]),
                     )
@@ -137,7 +137,3 @@ async def _raw_puts(seaweed: SeaweedS3, bucket: str, files: list[Path], *, round
         started, cpu = time.perf_counter(), time.process_time()
         await asyncio.gather(*(put(path) for path in files))
         return _Taken(seconds=time.perf_counter() - started, cpu_seconds=time.process_time() - cpu)
-
-
-def _no_progress() -> None:
-    """The raw upload watches no deadline."""
