@@ -54,12 +54,13 @@ MEASURES: Mapping[str, Callable[[Path], Awaitable[list[Result]]]] = {
 }
 
 
-async def measure(word: str, work: Path) -> list[Result]:
-    results: list[Result] = []
+async def measure(word: str, work: Path, results: list[Result]) -> None:
+    """Each in a directory of its own; what it found is in `results` though a later one fails."""
     for name, run in MEASURES.items():
         if word in name:
-            results += await run(work)
-    return results
+            directory = work / name
+            directory.mkdir()
+            results += await run(directory)
 
 
 def main() -> int:
@@ -68,11 +69,12 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="bop-bench-", dir=Path.cwd()))  # the disk that is used
+    results: list[Result] = []
     try:
-        results = asyncio.run(measure(arguments.only, work))
+        asyncio.run(measure(arguments.only, work, results))
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    show(results, as_json=arguments.json)
+        show(results, as_json=arguments.json)
     return 0 if results and all(result.met for result in results) else 1
 
 
