@@ -1,7 +1,6 @@
 """The application's disk is full: its log cannot be emptied. On a small tmpfs of its own."""
 
 import sqlite3
-import subprocess
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ from app.replication.plan import Limits
 from tests.helpers import sqlite_writer
 from tests.helpers.following import NAME, committed, followed, wait_until
 from tests.helpers.ports import free_port
+from tests.helpers.small_disk import mounted_tmpfs
 from tests.helpers.stub_libsql import StubLibsql
 
 MIB = 1024 * 1024
@@ -19,17 +19,8 @@ MIB = 1024 * 1024
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    target = tmp_path / "disk"
-    target.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(target)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("no mount command here")
-    if mounted.returncode != 0:
-        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
-    yield target
-    subprocess.run(["umount", str(target)], check=True, capture_output=True)
+    with mounted_tmpfs(tmp_path / "disk", size_mib=8) as disk:
+        yield disk
 
 
 def fill_up(application: sqlite3.Connection) -> int:

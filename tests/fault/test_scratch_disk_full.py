@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from app.core.coordination.quota import StorageQuota
 from app.core.stores.local.hot_cache import HotCache
 from app.core.stores.local.scratch import ScratchStore
 from tests.helpers.fake_clock import FakeClock
+from tests.helpers.small_disk import mounted_tmpfs
 
 MIB = 1 << 20
 JOB = "01J0000000000000000000000A"
@@ -23,19 +23,8 @@ JOB = "01J0000000000000000000000A"
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    target = tmp_path / "disk"
-    target.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(target)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("no mount command here")
-    if mounted.returncode != 0:
-        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
-    try:
-        yield target
-    finally:
-        subprocess.run(["umount", str(target)], check=True, capture_output=True)
+    with mounted_tmpfs(tmp_path / "disk", size_mib=4) as disk:
+        yield disk
 
 
 def names_in(path: Path) -> list[str]:

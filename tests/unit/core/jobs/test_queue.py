@@ -259,18 +259,24 @@ async def test_a_retry_waits_for_its_time(queue):
     assert CLOCK.monotonic() + 3590 < ready_at <= CLOCK.monotonic() + 3600
 
 
+async def pausing(queue, clock):
+    """A job that was tried, and is tried again in a minute."""
+    added = msgspec.structs.replace(job(1), created_at_us=wall_us(clock))
+    await queue.enqueue(added, join=False)
+    claimed = await queue.claim()
+    later = wall_us(clock) + 60_000_000
+    waiting, _ = await queue.update(
+        claimed, reason="t", changes={"state": "pending", "not_before_us": later}
+    )
+    queue.give_back(waiting)
+    return waiting
+
+
 @pytest.mark.parametrize("seconds", [-86_400, 86_400])
 async def test_waits_and_ages_are_not_the_wall_clocks(tmp_path, seconds):
     clock = FakeClock()
     async with opened(tmp_path, clock=clock) as queue:
-        added = msgspec.structs.replace(job(1), created_at_us=wall_us(clock))
-        await queue.enqueue(added, join=False)
-        claimed = await queue.claim()
-        later = wall_us(clock) + 60_000_000
-        waiting, _ = await queue.update(
-            claimed, reason="t", changes={"state": "pending", "not_before_us": later}
-        )
-        queue.give_back(waiting)
+        await pausing(queue, clock)
         clock.jump_wall(seconds)
         clock.advance(59)
         assert await queue.claim() is None
@@ -286,14 +292,7 @@ async def test_a_clock_set_back_over_a_restart_prolongs_no_pause_beyond_the_long
 ):
     clock = FakeClock()
     async with opened(tmp_path, clock=clock) as queue:
-        added = msgspec.structs.replace(job(1), created_at_us=wall_us(clock))
-        await queue.enqueue(added, join=False)
-        claimed = await queue.claim()
-        later = wall_us(clock) + 60_000_000
-        waiting, _ = await queue.update(
-            claimed, reason="t", changes={"state": "pending", "not_before_us": later}
-        )
-        queue.give_back(waiting)
+        waiting = await pausing(queue, clock)
     clock.jump_wall(seconds)
     async with opened(tmp_path, clock=clock) as queue:
         assert queue.wait_seconds(waiting) == left
