@@ -151,6 +151,7 @@ class StubLibsql:
         self._thread.start()
 
     def stop(self) -> None:
+        """Waits for the requests under way: not to be called by the loop that sends them."""
         self._stopped.set()
         if self._server is not None and self._thread is not None:
             self._server.shutdown()

@@ -145,7 +145,7 @@ async def test_the_service_away_and_back_loses_nothing(tmp_path, database, stub,
             await wait_until(
                 lambda before=before: "wal_sent" in following.kinds()[before:] or writer_ended()
             )
-            stub.stop()
+            await asyncio.to_thread(stub.stop)
             await wait_until(lambda: following.fleet.statuses[NAME].away or writer_ended())
             stub.start()
         assert await asyncio.to_thread(writer.wait) == 0
@@ -176,7 +176,7 @@ async def test_a_log_beyond_its_bound_is_let_go_and_an_image_follows(
     limits = Limits(log_bytes=MIB)
     async with followed(database, stub.url, limits=limits) as following:
         await wait_until(lambda: "caught_up" in following.kinds())
-        stub.stop()
+        await asyncio.to_thread(stub.stop)
         writer = write(tmp_path, database, kinds="rows", count=400)
         processes.append(writer)
         await wait_until(lambda: "let_go" in following.kinds())
@@ -205,7 +205,7 @@ async def test_an_application_gets_its_log_though_the_service_is_away(
             await wait_until(lambda: committed(stub) == 1)
             application.execute("INSERT INTO done VALUES (2, 0)")
             await wait_until(lambda: committed(stub) == 2)
-            stub.stop()
+            await asyncio.to_thread(stub.stop)
             application.execute("INSERT INTO done VALUES (3, 0)")
             await wait_until(lambda: following.fleet.statuses[NAME].away)
             truncating = Process(tmp_path / "truncating", "-c", TRUNCATE, str(database), "60")

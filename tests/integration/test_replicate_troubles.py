@@ -229,7 +229,7 @@ async def test_a_service_that_asks_for_an_hour_is_asked_again_before(database, s
 
 
 async def test_once_that_was_stopped_says_that_it_is_not_done(tmp_path, database, stub, processes):
-    stub.stop()
+    await asyncio.to_thread(stub.stop)
     once = replicate(tmp_path, database, stub.url, "--once", "--checkpoint")
     processes.append(once)
     await wait_until(lambda: once.events("service_away"))
